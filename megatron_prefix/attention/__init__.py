@@ -1,0 +1,20 @@
+"""Prefix-grouped attention: shared prefixes are attended to once, without a copy of their keys.
+
+Shapes: T rows of a pack, Hq query heads, Hkv key-value heads, D and Dv head dims.
+"""
+
+from megatron_prefix.attention.grouped import grouped_attention, prefix_grouped_attention
+from megatron_prefix.attention.kernels import IMPLS, KERNELS, resolve_impl
+from megatron_prefix.attention.merge import merge_attention
+from megatron_prefix.attention.reference import dense_mask, reference_attention
+
+__all__ = [
+    "IMPLS",
+    "KERNELS",
+    "dense_mask",
+    "grouped_attention",
+    "merge_attention",
+    "prefix_grouped_attention",
+    "reference_attention",
+    "resolve_impl",
+]

@@ -1,0 +1,109 @@
+"""The kernel launches that compute a layout's attention: one causal call over all segments, one per level of ancestors.
+
+Built on the host once per micro-batch and uploaded once; forward and backward never read a tensor back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.layout import PrefixLayout
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a packed tensor: a list of disjoint ascending ranges, as kernels want to see them.
+
+    Attributes:
+        ranges: host (start, end) pairs, none empty.
+        cu_seqlens: int32 [len(ranges) + 1], offsets of the ranges when their rows stand together.
+        max_seqlen: rows of the longest range.
+        index: int64 [rows] when the ranges leave gaps, None when they are one slice of the packed tensor.
+    """
+
+    ranges: tuple[Range, ...]
+    cu_seqlens: Tensor
+    max_seqlen: int
+    index: Tensor | None
+
+    @classmethod
+    def build(cls, ranges: Sequence[Range], device: torch.device) -> Rows:
+        """Rows of ``ranges`` with their index tensors on ``device``."""
+        offsets = [0]
+        for start, end in ranges:
+            offsets.append(offsets[-1] + end - start)
+        index = None
+        if any(previous[1] != following[0] for previous, following in zip(ranges, ranges[1:], strict=False)):
+            index = _upload(torch.cat([torch.arange(start, end) for start, end in ranges]), device)
+        return cls(
+            ranges=tuple(ranges),
+            cu_seqlens=_upload(torch.tensor(offsets, dtype=torch.int32), device),
+            max_seqlen=max(end - start for start, end in ranges),
+            index=index,
+        )
+
+    def take(self, x: Tensor) -> Tensor:
+        """The rows of ``x`` [T, ...]: a view where they are one slice, a copy where they leave gaps."""
+        if self.index is None:
+            return x[self.ranges[0][0] : self.ranges[-1][1]]
+        return x.index_select(0, self.index)
+
+    def put(self, x: Tensor, rows: Tensor) -> None:
+        """Write ``rows`` over these rows of ``x``."""
+        if self.index is None:
+            x[self.ranges[0][0] : self.ranges[-1][1]] = rows
+        else:
+            x.index_copy_(0, self.index, rows)
+
+    def add(self, x: Tensor, rows: Tensor) -> None:
+        """Add ``rows`` to these rows of ``x`` in place."""
+        if self.index is None:
+            x[self.ranges[0][0] : self.ranges[-1][1]] += rows
+        else:
+            x.index_add_(0, self.index, rows.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class VarlenCall:
+    """One varlen kernel launch: range i of ``q`` attends to range i of ``kv``, causally (equal ranges) or fully."""
+
+    q: Rows
+    kv: Rows
+    causal: bool
+
+
+@dataclass(frozen=True)
+class AttentionCalls:
+    """All calls of a layout: ``own`` (every row within its segment) and ``ancestors`` (one call per tree level)."""
+
+    layout: PrefixLayout
+    own: VarlenCall
+    ancestors: tuple[VarlenCall, ...]
+
+    @classmethod
+    def build(cls, layout: PrefixLayout, device: torch.device) -> AttentionCalls:
+        """The calls of ``layout`` with their index tensors on ``device``."""
+        bounds = list(zip(layout.starts, layout.starts[1:], strict=False))
+        segments = Rows.build([(start, end) for start, end in bounds if end > start], device)
+        ancestors = tuple(
+            VarlenCall(
+                q=Rows.build([(r.q_start, r.q_end) for r in level], device),
+                kv=Rows.build([(r.k_start, r.k_end) for r in level], device),
+                causal=False,
+            )
+            for level in layout.ancestor_levels
+        )
+        return cls(layout, VarlenCall(segments, segments, causal=True), ancestors)
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor to ``device`` without making the host wait for a GPU."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,0 +1,125 @@
+"""Prefix-grouped attention as one autograd function: self + ancestors, merged by log-sum-exp.
+
+Forward: a causal varlen call over all segments, then one unmasked call per tree level (the descendants of each segment
+against that segment's keys), merged in fp32. Backward: the same calls with the merged output and log-sum-exp, so that
+each call's probabilities are those of the whole row, and dK/dV of a prefix are summed over its subtree by the kernel.
+Flat prefix groups need two calls and no copy of any key; the area computed is exactly the area of the mask.
+Sources: Prefix Grouper (arXiv 2506.05433) for the split, FlashAttention for the merge.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from megatron_prefix.attention.calls import AttentionCalls
+from megatron_prefix.attention.kernels import KERNELS, Kernel, resolve_impl
+from megatron_prefix.attention.merge import merge_attention
+from megatron_prefix.attention.reference import reference_attention
+from megatron_prefix.layout import PrefixLayout
+
+
+def prefix_grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PrefixLayout,
+    *,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention over a pack of prefix groups, differentiable in q, k and v.
+
+    Args:
+        q: [T, Hq, D], T = ``layout.num_rows``.
+        k: [T, Hkv, D]; Hkv divides Hq (grouped-query heads are not expanded).
+        v: [T, Hkv, Dv]; Dv may differ from D.
+        layout: the segments of the pack.
+        softmax_scale: factor of the scores, 1 / sqrt(D) when None.
+        impl: "reference" (dense, any device), "sdpa" (CPU), "flash" (CUDA), or "auto" (by device).
+
+    Returns:
+        [T, Hq, Dv] in the dtype of q.
+
+    Raises:
+        ValueError: an unknown impl, shapes or dtypes that do not fit, or tensors that the impl cannot take.
+    """
+    check_tensors(q, k, v, layout.num_rows)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    name = resolve_impl(impl, q.device)
+    if name == "reference":
+        return reference_attention(q, k, v, layout, scale)
+    return grouped_attention(q, k, v, AttentionCalls.build(layout, q.device), scale, KERNELS[name])
+
+
+def grouped_attention(
+    q: Tensor, k: Tensor, v: Tensor, calls: AttentionCalls, softmax_scale: float, kernel: Kernel
+) -> Tensor:
+    """`prefix_grouped_attention` with the calls of a micro-batch already built. Shapes must have been checked.
+
+    Raises:
+        ValueError: tensors that the kernel cannot take.
+    """
+    refusal = kernel.refusal(q, k, v)
+    if refusal:
+        raise ValueError(refusal)
+    if q.shape[0] == 0:
+        return q.new_zeros(0, q.shape[1], v.shape[2])
+    width, width_v = q.shape[-1], v.shape[-1]
+    if width != width_v and not kernel.mixed_head_dims:
+        # Zero columns change no score and no output column that is kept.
+        wide = max(width, width_v)
+        q, k, v = pad(q, (0, wide - width)), pad(k, (0, wide - width)), pad(v, (0, wide - width_v))
+    out = _GroupedAttention.apply(q, k, v, calls, softmax_scale, kernel)
+    return out[..., :width_v]
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, num_rows: int) -> None:
+    """Refuse q, k, v whose shapes, dtypes or devices do not fit together or the layout."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3:
+            raise ValueError(f"{name} must be [T, heads, head_dim], got shape {tuple(x.shape)}")
+        if x.shape[0] != num_rows:
+            raise ValueError(f"{name} has {x.shape[0]} rows, the layout has {num_rows}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; they must match")
+    if k.shape[1] != v.shape[1] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"the key-value heads must be equal for k and v and divide the query heads, got "
+            f"q {q.shape[1]}, k {k.shape[1]}, v {v.shape[1]}"
+        )
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"q and k must have one head dim, got {q.shape[2]} and {k.shape[2]}")
+
+
+class _GroupedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: AttentionCalls, softmax_scale: float, kernel: Kernel
+    ) -> Tensor:
+        out, lse = kernel.forward(q, k, v, calls.own, softmax_scale)
+        for call in calls.ancestors:
+            rows = call.q
+            part = kernel.forward(q, k, v, call, softmax_scale)
+            merged_out, merged_lse = merge_attention(rows.take(out), rows.take(lse), *part)
+            rows.put(out, merged_out)
+            rows.put(lse, merged_lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.calls, ctx.softmax_scale, ctx.kernel = calls, softmax_scale, kernel
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        # fp32 sums: a prefix key collects one part from its own segment and one from its subtree.
+        total = torch.promote_types(q.dtype, torch.float32)
+        grads = tuple(torch.zeros_like(x, dtype=total) for x in (q, k, v))
+        for call in (ctx.calls.own, *ctx.calls.ancestors):
+            ctx.kernel.backward(grads, dout, (q, k, v), out, lse, call, ctx.softmax_scale)
+        dq, dk, dv = (grad.to(q.dtype) for grad in grads)
+        return dq, dk, dv, None, None, None

@@ -1,0 +1,69 @@
+"""The interface behind which attention kernels sit, and the choice of one by name.
+
+To add a kernel: write a class with the methods of `Kernel` in a module of its own and list it in `KERNELS`. The tests
+over `KERNELS` then hold it to the dense oracle, forward and backward.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.attention.calls import VarlenCall
+from megatron_prefix.attention.flash import FlashKernel
+from megatron_prefix.attention.sdpa import SdpaKernel
+
+
+class Kernel(Protocol):
+    """A varlen attention kernel with log-sum-exp in and out.
+
+    Shapes: T rows, Hq and Hkv heads (Hkv divides Hq, keys are never expanded), D head dim.
+    """
+
+    mixed_head_dims: bool
+    """Whether the head dim of v may differ from that of q and k."""
+
+    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why this kernel cannot run on such tensors, with the remedy, or None."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
+        """Attention of one call over packed q [T, Hq, D], k and v [T, Hkv, D].
+
+        Returns out [Tq, Hq, D] (dtype of q) and lse [Tq, Hq] (natural log, fp32, fp64 for fp64 input), with the
+        Tq rows of ``call.q`` in order.
+        """
+
+    def backward(
+        self,
+        grads: tuple[Tensor, Tensor, Tensor],
+        dout: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        lse: Tensor,
+        call: VarlenCall,
+        softmax_scale: float,
+    ) -> None:
+        """Add the gradients of one call to ``grads`` = (dq, dk, dv), packed like q, k and v.
+
+        ``dout`` and ``out`` [T, Hq, D] and ``lse`` [T, Hq] are those of the whole merged attention: with them the
+        partial gradients of all calls add up to the exact ones (softmax over the union of the keys).
+        """
+
+
+KERNELS: dict[str, Kernel] = {"sdpa": SdpaKernel(), "flash": FlashKernel()}
+IMPLS = ("auto", "reference", *KERNELS)
+
+
+def resolve_impl(impl: str, device: torch.device) -> str:
+    """The implementation that ``impl`` names, with "auto" resolved for ``device``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
+    if impl != "auto":
+        return impl
+    return "sdpa" if device.type == "cpu" else "flash"
