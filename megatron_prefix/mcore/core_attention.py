@@ -1,0 +1,102 @@
+"""The core attention module that a layer spec puts in place of megatron-core's `DotProductAttention`."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import pad
+
+from megatron_prefix.attention import IMPLS, KERNELS, grouped_attention, reference_attention, resolve_impl
+from megatron_prefix.attention.grouped import check_tensors
+from megatron_prefix.mcore.packed import PrefixPackedSeqParams
+from megatron_prefix.mcore.support import refuse_unsupported
+
+
+class PrefixCoreAttention(MegatronModule):
+    """Prefix-grouped attention with the constructor and the call of megatron-core's core attention.
+
+    Tensor parallelism needs nothing here: heads are already this rank's share, and grouped-query heads are not
+    expanded.
+
+    Raises:
+        ValueError: at construction, a configuration that prefix groups do not support (see `support`).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(config=config)
+        refuse_unsupported(config)
+        if attention_dropout:
+            raise ValueError(f"attention_dropout={attention_dropout} is not supported with prefix groups; set it to 0")
+        if attention_type != "self":
+            raise ValueError(f"prefix-grouped attention is self attention, got attention_type={attention_type!r}")
+        if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
+            raise ValueError(f"prefix-grouped attention is causal, got attn_mask_type={attn_mask_type}; use AttnMaskType.causal")
+        if impl not in IMPLS:
+            raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+        self.impl = impl
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [T, 1, Hq, D], key and value [T, 1, Hkv, D] -> [T, 1, Hq * D], with T rows padding included.
+
+        Raises:
+            ValueError: no layout came with the micro-batch, an attention bias, or rows that do not fit the layout.
+        """
+        packed = require_layout(packed_seq_params)
+        if attention_bias is not None:
+            raise ValueError("prefix-grouped attention takes no attention_bias (ALiBi and the like are not supported)")
+        if query.dim() != 4 or query.shape[1] != 1:
+            raise ValueError(f"a pack is one sequence of rows: expected query [T, 1, heads, head_dim], got {tuple(query.shape)}")
+        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        check_tensors(q, k, v, packed.num_padded_rows)
+        rows = packed.layout.num_rows
+        scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        name = resolve_impl(self.impl, q.device)
+        if name == "reference":
+            out = reference_attention(q[:rows], k[:rows], v[:rows], packed.layout, scale)
+        else:
+            out = grouped_attention(q[:rows], k[:rows], v[:rows], packed.calls, scale, KERNELS[name])
+        out = pad(out, (0, 0, 0, 0, 0, packed.num_padded_rows - rows))
+        return out.reshape(out.shape[0], 1, -1)
+
+
+def require_layout(packed_seq_params: PackedSeqParams | None) -> PrefixPackedSeqParams:
+    """The layout's parameters; a micro-batch without a layout is an error, never a fallback to plain attention.
+
+    Raises:
+        ValueError: anything but `PrefixPackedSeqParams`.
+    """
+    if isinstance(packed_seq_params, PrefixPackedSeqParams):
+        return packed_seq_params
+    raise ValueError(
+        f"a layer with prefix-grouped attention got packed_seq_params={type(packed_seq_params).__name__}, which has no "
+        "layout; pass packed_seq_params=PrefixPackedSeqParams.build(pack.layout, device) to the model on every stage"
+    )

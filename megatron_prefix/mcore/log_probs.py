@@ -1,0 +1,215 @@
+"""Log-probs of response tokens: only response rows reach the output layer, in chunks, over a sharded vocabulary.
+
+Shapes: T rows of the pack (padding included), N response rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from megatron_prefix.collectives import Group, all_reduce_max, all_reduce_sum, group_rank
+from megatron_prefix.mcore.packed import PrefixPackedSeqParams
+from megatron_prefix.packing import Pack
+
+
+def response_log_probs(
+    model: torch.nn.Module,
+    pack: Pack,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk_rows: int = 4096,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs of a pack's response tokens under a model with prefix-grouped attention.
+
+    Works for `GPTModel` and `HybridModel`, wrapped or not (DDP, Float16Module). The vocabulary stays sharded over
+    tensor-parallel ranks. Logits exist for at most ``chunk_rows`` rows at a time: with more response rows than that,
+    each chunk's logits are computed again in backward.
+
+    Args:
+        model: the model, or this pipeline stage of it.
+        pack: from `pack_groups`.
+        temperature: logits are divided by it, as in sampling.
+        with_entropy: also return the entropy of each row's distribution.
+        chunk_rows: most rows whose logits exist at once.
+
+    Returns:
+        fp32 [N] (fp64 for an fp64 model), ordered by group, response, token, equal on all tensor-parallel ranks; with
+        ``with_entropy`` a pair of such tensors, in nats. A stage before the last returns its hidden states instead.
+
+    Raises:
+        ValueError: a temperature or chunk size that is not positive, or a token id outside the vocabulary.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    inner = unwrap(model)
+    check_token_ids(pack, inner.vocab_size)
+    hidden, device = _hidden_states(inner, pack)
+    if not inner.post_process:
+        return hidden
+    rows = _response_hidden_states(inner, hidden, pack.response_rows.to(device, non_blocking=True))
+    targets = pack.targets[pack.response_rows].to(device, non_blocking=True)
+    head = _OutputHead(inner, temperature, with_entropy)
+    chunks = list(zip(rows.split(chunk_rows), targets.split(chunk_rows), strict=True))
+    recompute = len(chunks) > 1 and torch.is_grad_enabled()
+    parts = [checkpoint(head, *chunk, use_reentrant=False) if recompute else head(*chunk) for chunk in chunks]
+    log_probs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return (log_probs, entropy) if with_entropy else log_probs
+
+
+def unwrap(model: torch.nn.Module) -> Any:
+    """The innermost module of DDP, Float16Module and the like.
+
+    Their hooks sit on submodules and parameters, so calling the inner model keeps them; their casts of outputs to fp32
+    are not wanted between the hidden states and the output layer.
+    """
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def check_token_ids(pack: Pack, vocab_size: int) -> None:
+    """Raises ValueError when a token of the pack lies outside the vocabulary; names the row, the id and the limit."""
+    for name, ids in (("token", pack.tokens), ("target", pack.targets)):
+        outside = torch.nonzero(ids >= vocab_size)
+        if outside.numel():
+            row = int(outside[0])
+            raise ValueError(
+                f"row {row}: {name} id {int(ids[row])} is outside the model's vocabulary of {vocab_size}; "
+                "were the rollouts made with another tokenizer?"
+            )
+
+
+def _hidden_states(inner: Any, pack: Pack) -> tuple[Tensor, torch.device]:
+    """Hidden states after the final norm, [T, 1, hidden] (T / tp under sequence parallelism), and their device."""
+    config = inner.config
+    device = next(inner.parameters()).device
+    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    packed = PrefixPackedSeqParams.build(pack.layout, device, multiple_of=multiple)
+    tokens = torch.zeros(packed.num_padded_rows, dtype=torch.long)
+    tokens[: pack.tokens.numel()] = pack.tokens
+    with _attribute(inner, "post_process", False):
+        hidden = inner(
+            input_ids=tokens.to(device, non_blocking=True).unsqueeze(0),
+            position_ids=packed.row_positions.unsqueeze(0),
+            attention_mask=None,
+            packed_seq_params=packed,
+        )
+    return hidden, device
+
+
+def _response_hidden_states(inner: Any, hidden: Tensor, response_rows: Tensor) -> Tensor:
+    """The response rows of hidden states, [N, 1, hidden], on every tensor-parallel rank."""
+    if inner.config.sequence_parallel:
+        # The output layer below runs without sequence parallelism and all-reduces the gradient of its input itself, so
+        # the backward of this gather must only split.
+        hidden = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False, group=inner.pg_collection.tp
+        )
+    return hidden.index_select(0, response_rows)
+
+
+class _OutputHead:
+    """Output layer and log-probs of one chunk of rows; computes the same again under recompute."""
+
+    def __init__(self, inner: Any, temperature: float, with_entropy: bool) -> None:
+        self.inner, self.temperature, self.with_entropy = inner, temperature, with_entropy
+
+    def __call__(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [n, 1, hidden], targets [n] -> log-probs [n], entropy [n] (zeros when not asked for)."""
+        inner = self.inner
+        weight = inner.shared_embedding_or_output_weight() if inner.share_embeddings_and_output_weights else None
+        with _attribute(inner.output_layer, "sequence_parallel", False):
+            logits, _ = inner.output_layer(hidden, weight=weight, runtime_gather_output=False)
+        return vocab_parallel_log_probs(
+            logits.squeeze(1),
+            targets,
+            temperature=self.temperature,
+            with_entropy=self.with_entropy,
+            tp_group=inner.pg_collection.tp,
+        )
+
+
+@contextmanager
+def _attribute(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute for the time of a call."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def vocab_parallel_log_probs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    tp_group: Group = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of ``targets`` and entropies from logits whose vocabulary is sharded over ``tp_group``.
+
+    Args:
+        logits: [n, V / tp], this rank's share, any floating dtype; computed in fp32 (fp64 for fp64).
+        targets: int64 [n], global ids.
+        temperature: logits are divided by it.
+        with_entropy: compute entropies too; zeros otherwise.
+        tp_group: the ranks that hold the other shares.
+
+    Returns:
+        log-probs [n] and entropies [n], fp32 (fp64 for fp64), differentiable in ``logits``.
+    """
+    return _VocabParallelLogProbs.apply(logits, targets, temperature, with_entropy, tp_group)
+
+
+class _VocabParallelLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool, tp_group: Group
+    ) -> tuple[Tensor, Tensor]:
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        size = scaled.shape[1]
+        local = targets - size * group_rank(tp_group)
+        mine = (local >= 0) & (local < size)
+        local = local.clamp(0, size - 1).unsqueeze(1)
+        scaled -= all_reduce_max(scaled.amax(1, keepdim=True), tp_group)
+        probs = scaled.exp()
+        # One all-reduce for the three sums over the vocabulary.
+        sums = torch.stack(
+            [
+                probs.sum(1),
+                scaled.gather(1, local).squeeze(1) * mine,
+                (probs * scaled).sum(1) if with_entropy else torch.zeros_like(probs[:, 0]),
+            ]
+        )
+        norm, target, weighted = all_reduce_sum(sums, tp_group)
+        probs /= norm.unsqueeze(1)
+        lse = norm.log()
+        entropy = lse - weighted / norm if with_entropy else weighted
+        ctx.save_for_backward(probs, entropy, local, mine)
+        ctx.temperature, ctx.with_entropy, ctx.dtype = temperature, with_entropy, logits.dtype
+        return target - lse, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_log_probs: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        # d log p(t) / dz_j = [j = t] - p_j;  dH / dz_j = -p_j (log p_j + H)
+        probs, entropy, local, mine = ctx.saved_tensors
+        grad = probs * -d_log_probs.unsqueeze(1)
+        grad.scatter_add_(1, local, (d_log_probs * mine).unsqueeze(1))
+        if ctx.with_entropy:
+            grad -= (torch.xlogy(probs, probs) + probs * entropy.unsqueeze(1)) * d_entropy.unsqueeze(1)
+        return (grad / ctx.temperature).to(ctx.dtype), None, None, None, None
+

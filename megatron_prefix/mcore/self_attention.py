@@ -1,0 +1,46 @@
+"""Self attention whose rows carry their own positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from megatron_prefix.mcore.core_attention import require_layout
+
+
+class PrefixSelfAttention(SelfAttention):
+    """megatron-core's `SelfAttention` with one rotary frequency per row.
+
+    In a pack every response continues the positions of its prefix, while megatron-core restarts them at each segment.
+    The row's frequencies are picked from the model's table here, inside the layer, because that is the place that
+    `GPTModel` and `HybridModel` share; rope, Llama-3 scaling and yarn (with its mscale) then work as they are.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the parent's; hidden_states [T, 1, hidden] (T / tp under sequence parallelism).
+
+        Raises:
+            ValueError: no layout came with the micro-batch.
+        """
+        packed = require_layout(packed_seq_params)
+        if rotary_pos_emb is not None:
+            tables = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
+            rotary_pos_emb = (tables[0][packed.row_positions], tables[1][packed.row_positions])
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            *args,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed.as_sbhd(),
+            **kwargs,
+        )

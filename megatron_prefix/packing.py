@@ -1,0 +1,278 @@
+"""From rollouts to packs: shift-by-one segments, ready for a model that shares prefixes.
+
+A node of a rollout tree with tokens t1..tn, whose parent ends with token p, becomes a segment with the rows
+[p, t1, ..., t(n-1)] that predict [t1, ..., tn]. A root has no parent token, so its first token is only read. Every
+response row therefore has exactly one target and no prefix row has any: there are no shifted labels and no boundary
+case where a prefix ends. A prompt P with responses R_i takes (|P| - 1) + sum |R_i| rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.layout import PrefixLayout
+from megatron_prefix.loss import BatchTotals, RolloutPairs, group_advantages
+from megatron_prefix.rollouts import RolloutGroup
+
+NO_TARGET = -100
+"""Target of a row that predicts nothing (torch's ignore index)."""
+
+
+@dataclass(frozen=True)
+class TreeNode:
+    """Consecutive tokens of a rollout tree.
+
+    Attributes:
+        tokens: token ids, at least one.
+        parent: index of the parent node, -1 for the root.
+        rollouts: the rollouts that own (generated) these tokens; empty for a prompt or a tool's output.
+        loss_mask: per token, whether it is trained; None trains all tokens of an owned node.
+        log_probs: per token, the sampler's log-probs; None where unknown.
+    """
+
+    tokens: Sequence[int]
+    parent: int
+    rollouts: tuple[int, ...] = ()
+    loss_mask: Sequence[bool] | None = None
+    log_probs: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class RolloutTree:
+    """Rollouts that share tokens: nodes in depth-first order and one reward per rollout."""
+
+    nodes: tuple[TreeNode, ...]
+    rewards: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.nodes or self.nodes[0].parent != -1 or any(node.parent == -1 for node in self.nodes[1:]):
+            raise ValueError("a rollout tree needs exactly one root, as its first node")
+        if self.nodes[0].rollouts:
+            raise ValueError("node 0: the root cannot be trained, nothing predicts its first token; put the prompt there")
+        owned: set[int] = set()
+        for i, node in enumerate(self.nodes):
+            if not node.tokens:
+                raise ValueError(f"node {i} has no tokens; leave it out")
+            if any(not 0 <= rollout < len(self.rewards) for rollout in node.rollouts):
+                raise ValueError(f"node {i}: rollouts {node.rollouts} must be numbers below {len(self.rewards)} (one reward each)")
+            for name in ("loss_mask", "log_probs"):
+                values = getattr(node, name)
+                if values is not None and len(values) != len(node.tokens):
+                    raise ValueError(f"node {i}: {name} has {len(values)} entries for {len(node.tokens)} tokens")
+            if node.loss_mask is None or any(node.loss_mask):
+                owned.update(node.rollouts)
+        if len(owned) != len(self.rewards):
+            missing = sorted(set(range(len(self.rewards))) - owned)
+            raise ValueError(f"rollouts {missing} own no trained token; leave them out")
+
+    @classmethod
+    def from_group(cls, group: RolloutGroup) -> RolloutTree:
+        """The two-level tree of a prefix group."""
+        responses = [
+            TreeNode(
+                tokens=tokens,
+                parent=0,
+                rollouts=(i,),
+                loss_mask=None if group.loss_masks is None else [bool(m) for m in group.loss_masks[i]],
+                log_probs=None if group.log_probs is None else group.log_probs[i],
+            )
+            for i, tokens in enumerate(group.responses)
+        ]
+        return cls((TreeNode(group.prompt, -1), *responses), tuple(group.rewards))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the tree takes in a pack."""
+        return sum(len(node.tokens) for node in self.nodes) - 1
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One micro-batch: rows of several prefix groups (or trees) side by side. Tensors are on the CPU.
+
+    Shapes: T rows, N response rows, M (row, rollout) pairs, K rollouts.
+
+    Attributes:
+        layout: segments of the pack.
+        tokens: int64 [T], input token of each row.
+        targets: int64 [T], the token that each row predicts; `NO_TARGET` where it predicts none.
+        positions: int64 [T], position of each row in its own sequence.
+        response_rows: int64 [N], rows with a target, ordered by group, response, token.
+        pairs: which rollouts own which response row, ordered by rollout, token. M = N for plain groups.
+        advantages: fp32 [K].
+        rewards: fp32 [K].
+        sampler_log_probs: fp32 [N], of the policy that sampled the tokens, or None where not recorded.
+    """
+
+    layout: PrefixLayout
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor
+    response_rows: Tensor
+    pairs: RolloutPairs
+    advantages: Tensor
+    rewards: Tensor
+    sampler_log_probs: Tensor | None
+
+    @property
+    def totals(self) -> BatchTotals:
+        """Trained pairs and rollouts of this pack. Add them over all packs and ranks of a step."""
+        return BatchTotals(tokens=self.pairs.row.numel(), rollouts=self.pairs.num_rollouts)
+
+
+def pack_groups(
+    groups: Sequence[RolloutGroup | RolloutTree],
+    *,
+    max_tokens_per_pack: int | None = None,
+    normalize_std: bool = True,
+    repeated: bool = False,
+) -> list[Pack]:
+    """Put groups into packs, in their order, each as full as the limit allows.
+
+    Args:
+        groups: prefix groups, or rollout trees for multi-turn trajectories.
+        max_tokens_per_pack: most rows of one pack; None puts everything into one.
+        normalize_std: divide advantages by the standard deviation of the group's rewards (GRPO), or not (Dr. GRPO).
+        repeated: the baseline: every rollout as a sequence of its own, with its prefix encoded again.
+
+    Raises:
+        ValueError: no groups, or a group with more rows than the limit.
+    """
+    if not groups:
+        raise ValueError("there is nothing to pack: no rollout groups were given")
+    if max_tokens_per_pack is not None and max_tokens_per_pack < 1:
+        raise ValueError(f"max_tokens_per_pack must be at least 1, got {max_tokens_per_pack}")
+    trees = [group if isinstance(group, RolloutTree) else RolloutTree.from_group(group) for group in groups]
+    packs: list[list[RolloutTree]] = []
+    free = 0
+    for i, tree in enumerate(trees):
+        rows = _repeated_rows(tree) if repeated else tree.num_rows
+        if max_tokens_per_pack is not None and rows > max_tokens_per_pack:
+            raise ValueError(
+                f"group {_name(groups[i], i)} needs {rows} rows, max_tokens_per_pack is {max_tokens_per_pack}; "
+                f"raise max_tokens_per_pack to at least {rows}, or give the group fewer or shorter responses"
+            )
+        if not packs or (max_tokens_per_pack is not None and rows > free):
+            packs.append([])
+            free = max_tokens_per_pack or 0
+        packs[-1].append(tree)
+        free -= rows
+    return [_build_pack(members, normalize_std, repeated) for members in packs]
+
+
+def _name(group: RolloutGroup | RolloutTree, index: int) -> str:
+    group_id = None if isinstance(group, RolloutTree) else group.group_id
+    return f"{index}" if group_id is None else f"{index} ({group_id!r})"
+
+
+def _build_pack(trees: Sequence[RolloutTree], normalize_std: bool, repeated: bool) -> Pack:
+    rows = _PackRows()
+    first_rollout = 0
+    for tree in trees:
+        (_add_repeated if repeated else _add_grouped)(rows, tree, first_rollout)
+        first_rollout += len(tree.rewards)
+    layout = PrefixLayout(rows.lengths, rows.parents)
+    targets = torch.tensor(rows.targets, dtype=torch.long)
+    response_rows = torch.nonzero(targets != NO_TARGET).flatten()
+    number = {row: n for n, row in enumerate(response_rows.tolist())}
+    pairs = sorted(rows.pairs)
+    advantages = [a for tree in trees for a in group_advantages(tree.rewards, normalize_std=normalize_std)]
+    sampler = torch.tensor(rows.sampler_log_probs, dtype=torch.float32)[response_rows]
+    pair_rollout = torch.tensor([rollout for rollout, _ in pairs], dtype=torch.long)
+    return Pack(
+        layout=layout,
+        tokens=torch.tensor(rows.tokens, dtype=torch.long),
+        targets=targets,
+        positions=torch.tensor(layout.positions, dtype=torch.long),
+        response_rows=response_rows,
+        pairs=RolloutPairs(
+            row=torch.tensor([number[row] for _, row in pairs], dtype=torch.long),
+            rollout=pair_rollout,
+            num_rollouts=first_rollout,
+            lengths=torch.bincount(pair_rollout, minlength=first_rollout),
+        ),
+        advantages=torch.tensor(advantages, dtype=torch.float32),
+        rewards=torch.tensor([r for tree in trees for r in tree.rewards], dtype=torch.float32),
+        sampler_log_probs=None if sampler.isnan().any() else sampler,
+    )
+
+
+class _PackRows:
+    """The rows of a pack while it is put together."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.parents: list[int] = []
+        self.tokens: list[int] = []
+        self.targets: list[int] = []
+        self.sampler_log_probs: list[float] = []
+        self.pairs: list[tuple[int, int]] = []  # (rollout, row)
+
+    def add_segment(self, parent: int, tokens: Sequence[int], targets: Sequence[int], log_probs: Sequence[float]) -> int:
+        """Append a segment; returns its index."""
+        self.lengths.append(len(tokens))
+        self.parents.append(parent)
+        self.tokens.extend(tokens)
+        self.targets.extend(targets)
+        self.sampler_log_probs.extend(log_probs)
+        return len(self.lengths) - 1
+
+
+def _targets(node: TreeNode) -> list[int]:
+    return list(node.tokens) if node.rollouts else [NO_TARGET] * len(node.tokens)
+
+
+def _log_probs(node: TreeNode) -> list[float]:
+    return [float("nan")] * len(node.tokens) if node.log_probs is None else list(node.log_probs)
+
+
+def _trained(node: TreeNode) -> list[int]:
+    """Offsets of the node's trained tokens."""
+    return [i for i in range(len(node.tokens)) if node.loss_mask is None or node.loss_mask[i]]
+
+
+def _add_grouped(rows: _PackRows, tree: RolloutTree, first_rollout: int) -> None:
+    segments: list[int] = []
+    for node in tree.nodes:
+        if node.parent < 0:
+            inputs = list(node.tokens[:-1])
+            segments.append(rows.add_segment(-1, inputs, [NO_TARGET] * len(inputs), [float("nan")] * len(inputs)))
+            continue
+        start = len(rows.tokens)
+        inputs = [tree.nodes[node.parent].tokens[-1], *node.tokens[:-1]]
+        segments.append(rows.add_segment(segments[node.parent], inputs, _targets(node), _log_probs(node)))
+        rows.pairs += [(first_rollout + rollout, start + i) for rollout in node.rollouts for i in _trained(node)]
+
+
+def _add_repeated(rows: _PackRows, tree: RolloutTree, first_rollout: int) -> None:
+    for rollout in range(len(tree.rewards)):
+        path = _path(tree, rollout)
+        tokens = [token for node in path for token in node.tokens]
+        owned = [rollout in node.rollouts for node in path]
+        targets = [t for node, own in zip(path, owned, strict=True) for t in (_targets(node) if own else [NO_TARGET] * len(node.tokens))]
+        log_probs = [x for node in path for x in _log_probs(node)]
+        start = len(rows.tokens)
+        rows.add_segment(-1, tokens[:-1], targets[1:], log_probs[1:])
+        firsts = accumulate((len(node.tokens) for node in path), initial=start - 1)  # row that predicts a node's first token
+        for node, own, first in zip(path, owned, firsts, strict=False):
+            if own:
+                rows.pairs += [(first_rollout + rollout, first + i) for i in _trained(node)]
+
+
+def _path(tree: RolloutTree, rollout: int) -> list[TreeNode]:
+    """Nodes from the root to the deepest node that the rollout owns."""
+    i = max(i for i, node in enumerate(tree.nodes) if rollout in node.rollouts)
+    path = []
+    while i >= 0:
+        path.append(tree.nodes[i])
+        i = tree.nodes[i].parent
+    return path[::-1]
+
+
+def _repeated_rows(tree: RolloutTree) -> int:
+    return sum(sum(len(node.tokens) for node in _path(tree, r)) - 1 for r in range(len(tree.rewards)))
