@@ -1,16 +1,17 @@
 """The GRPO family of losses on (row, rollout) pairs. Pure torch: no collectives, and nothing is read back to the host.
 
-    N  rows of log-probs (response rows of a pack)     R  rollouts of the pack     M  (row, rollout) pairs, trained ones only
+    N  rows of log-probs (response rows of a pack)   R  rollouts of the pack   M  trained (row, rollout) pairs
 
-In plain groups every trained row belongs to one rollout, so a pair is a row. In multi-turn trees several rollouts share a
-row; it then stands in one pair per rollout, and each contributes with its own advantage and weight.
+In plain groups every trained row belongs to one rollout, so a pair is a row. In multi-turn trees several rollouts share
+a row; it then stands in one pair per rollout, and each contributes with its own advantage and weight.
 
 The loss of a pack is its share of the mean over the GLOBAL batch (``BatchTotals``): shares add up, over packs and over
-data-parallel ranks, to the same loss and the same gradients however the batch is cut. A host that averages gradients over
-its ranks instead of adding them must multiply the loss by the number of ranks.
+data-parallel ranks, to the same loss and the same gradients however the batch is cut. A host that averages gradients
+over its ranks instead of adding them must multiply the loss by the number of ranks.
 
-Sources: PPO clipping (arXiv 1707.06347), GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476: token mean, separate
-clip bounds), GSPO (2507.18071: sequence ratio), KL estimators k1 to k3 (J. Schulman, "Approximating KL Divergence", 2020).
+Sources: PPO clipping (arXiv 1707.06347), GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476: token mean,
+separate clip bounds), GSPO (2507.18071: sequence ratio), the KL estimators k1 to k3 (J. Schulman, "Approximating KL
+Divergence", 2020).
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ Ratio = Literal["token", "sequence"]
 def group_advantages(rewards: Sequence[float], *, normalize_std: bool = True, eps: float = 1e-6) -> list[float]:
     """Advantages of one group's responses: reward minus the group's mean, over its standard deviation plus ``eps``.
 
-    The standard deviation is the sample's (n - 1), as in the common GRPO trainers. ``normalize_std=False`` leaves it out
-    (Dr. GRPO). A group of one response, and a group whose rewards are all equal, have advantages of exactly 0.
+    The standard deviation is the sample's (n - 1), as in the common GRPO trainers; ``normalize_std=False`` leaves it
+    out (Dr. GRPO). A group of one response, and a group whose rewards are all equal, have advantages of exactly 0.
 
     Raises:
         ValueError: no rewards, a reward that is not finite, or a negative ``eps``.
@@ -61,15 +62,16 @@ class LossConfig:
     Args:
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl_coef: weight of the KL to the reference policy; above 0 it needs ``ref_log_probs``.
-        kl_estimator: with d = ref - log_prob, "k1" is -d, "k2" is d^2 / 2 and "k3" is exp(d) - d - 1. The gradient is the
-            plain derivative of the estimator: unbiased for the reverse KL on policy with "k2" only. That of "k1" has mean 0.
-        aggregation: "token", the mean over all trained tokens of the batch (DAPO); "sequence", the mean over rollouts of
-            each one's token mean (GRPO); "constant", the sum over tokens over ``constant_length`` x rollouts (Dr. GRPO).
+        kl_estimator: with d = ref - log_prob, "k1" is -d, "k2" is d^2 / 2 and "k3" is exp(d) - d - 1. The gradient is
+            the plain derivative of the estimator: on policy that of "k2" is the reverse KL's, that of "k3" the forward
+            KL's and that of "k1" has mean 0.
+        aggregation: "token", the mean over all trained tokens of the batch (DAPO); "sequence", the mean over rollouts
+            of each one's token mean (GRPO); "constant", the sum over tokens / (constant_length x rollouts) (Dr. GRPO).
         constant_length: tokens, for aggregation "constant" (usually the limit on the response length).
-        ratio: "token", or "sequence": one ratio per rollout, exp of the mean log-ratio of its trained tokens (GSPO, which
-            goes with aggregation "sequence" and much smaller clip bounds).
-        importance_cap: None, or the bound of truncated importance weights min(exp(old - sampler), cap), which multiply the
-            policy term (not KL or entropy) without gradient; needs ``sampler_log_probs``.
+        ratio: "token", or "sequence": one ratio per rollout, exp of the mean log-ratio of its trained tokens (GSPO,
+            which goes with aggregation "sequence" and much smaller clip bounds).
+        importance_cap: None, or the bound of truncated importance weights min(exp(old - sampler), cap), which multiply
+            the policy term (not KL or entropy) without gradient; needs ``sampler_log_probs``.
         entropy_coef: weight of the entropy bonus (subtracted from the loss); above 0 it needs ``entropy``.
 
     Raises:
@@ -97,13 +99,14 @@ class LossConfig:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
         if self.importance_cap is not None and not (_is_number(self.importance_cap) and self.importance_cap > 0):
             raise ValueError(
-                f"importance_cap must be None (no importance weights) or a finite number above 0, got {self.importance_cap!r}"
+                "importance_cap must be None (no importance weights) or a finite number above 0, "
+                f"got {self.importance_cap!r}"
             )
         if self.aggregation == "constant":
             if type(self.constant_length) is not int or self.constant_length < 1:
                 raise ValueError(
-                    "aggregation 'constant' needs constant_length, an int of 1 or more (usually the limit on the response "
-                    f"length), got {self.constant_length!r}"
+                    "aggregation 'constant' needs constant_length, an int of 1 or more (usually the limit on the "
+                    f"response length), got {self.constant_length!r}"
                 )
         elif self.constant_length is not None:
             raise ValueError(
@@ -147,8 +150,8 @@ class RolloutPairs:
         lengths: int64 [R], trained tokens of every rollout, at least 1.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; for CPU tensors also values (a rollout out of range, a negative
-            row, a pair given twice, lengths that are not the pair counts). CUDA tensors are not read back.
+        ValueError: shapes, dtypes or devices do not fit; for CPU tensors also values (a rollout out of range, a
+            negative row, a pair given twice, lengths that are not the pair counts). CUDA tensors are not read back.
     """
 
     row: Tensor
@@ -242,7 +245,7 @@ def grpo_loss(
     entropy: Tensor | None = None,
     config: LossConfig | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One pack's share of the loss: the sum over its pairs of weight x (policy + kl_coef x KL - entropy_coef x entropy).
+    """One pack's share: the sum over its pairs of weight x (policy term + kl_coef x KL - entropy_coef x entropy).
 
     Gradients flow to ``log_probs`` and ``entropy`` only. Where a log-ratio is not finite the loss is what the formula
     gives; the metric ``nonfinite`` counts such pairs, since checking here would stall the device.
@@ -259,12 +262,12 @@ def grpo_loss(
         config: what to compute; None for ``LossConfig()``.
 
     Returns:
-        The loss (scalar, dtype of ``log_probs``) and the metrics: detached fp64 scalars that ``add_metrics`` adds over packs
-        and ``summarize`` turns into means. Sums over pairs, except ``loss`` (the share itself), ``rollouts`` and the
-        maxima, whose names end in ``_max``: a collective must reduce those with MAX and all others with SUM.
+        The loss (scalar, dtype of ``log_probs``) and the metrics: detached fp64 scalars that ``add_metrics`` adds over
+        packs and ``summarize`` turns into means. Sums over pairs, except ``loss`` (the share itself), ``rollouts`` and
+        the maxima, whose names end in ``_max``: a collective must reduce those with MAX and all others with SUM.
 
     Raises:
-        ValueError: wrong shape, dtype or device, totals smaller than the pack, or a tensor that ``config`` needs is missing.
+        ValueError: wrong shape, dtype or device, totals smaller than the pack, or a tensor missing that ``config`` needs.
     """
     config = config or LossConfig()
     _check_inputs(log_probs, pairs, totals, config)
@@ -333,7 +336,8 @@ def add_metrics(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> di
     """
     if first.keys() != second.keys():
         raise ValueError(
-            f"metrics {sorted(first.keys() ^ second.keys())} are in one pack only; give every pack the same inputs and config"
+            f"metrics {sorted(first.keys() ^ second.keys())} are in one pack only; "
+            "give every pack the same inputs and config"
         )
     return {
         name: torch.maximum(value, second[name]) if name.endswith("_max") else value + second[name]
@@ -342,7 +346,7 @@ def add_metrics(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> di
 
 
 def summarize(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Host numbers from metrics added over packs (and ranks): means over pairs; counts, maxima and the loss as they are.
+    """Host numbers from metrics added over packs (and ranks): means over pairs; counts, maxima and the loss as is.
 
     ``clip_low`` and ``clip_high`` become the share of pairs whose gradient the clip removes. Reads the device.
     """

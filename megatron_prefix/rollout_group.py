@@ -146,8 +146,8 @@ def check_same_prompt(
     position = next((t for t in range(shorter) if first[t] != other[t]), shorter)
     values = [reprlib.repr(ids[position]) if position < len(ids) else "no token" for ids in (first, other)]
     raise ValueError(
-        f"different prompts under one {_name(group_id)}: position {position} is {values[0]} in {places[0]} and {values[1]} "
-        f"in {places[1]} (lengths {len(first)} and {len(other)}); give each prompt its own group_id"
+        f"different prompts under one {_name(group_id)}: position {position} is {values[0]} in {places[0]} "
+        f"and {values[1]} in {places[1]} (lengths {len(first)} and {len(other)}); give each prompt its own group_id"
     )
 
 

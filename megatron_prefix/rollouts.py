@@ -11,7 +11,7 @@ Group line: one prefix group.
 Sample line: one response. Lines with the same ``group_id`` form a group, in the order of the file, consecutive or not;
 their prompts must be the same tokens.
 
-    {"group_id": "task-17", "prompt": [5, 6, 7], "response": [8, 9], "reward": 1.0, "log_probs": [...], "loss_mask": [...]}
+    {"group_id": "task-17", "prompt": [5, 6, 7], "response": [8, 9], "reward": 1.0, "log_probs": [...]}
 
 ==============  =============================================================================================
 ``group_id``    string; optional on group lines (which must not repeat one), needed on sample lines
@@ -24,8 +24,8 @@ their prompts must be the same tokens.
                 one 1. A response without it is trained in full
 ==============  =============================================================================================
 
-Other keys (text, task name, ...) are ignored, except that a misspelt or misplaced ``log_probs`` or ``loss_mask`` is refused:
-ignoring it would change what is trained without a word.
+Other keys (text, task name, ...) are ignored, except that a misspelt or misplaced ``log_probs`` or ``loss_mask`` is
+refused: ignoring it would change what is trained without a word.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ def test_metrics_equal_counts_made_by_hand():
     assert 0 < expected["importance_capped"] < 1
     assert summarize(metrics) == pytest.approx(expected, abs=1e-12)
     assert not any(value.requires_grad for value in metrics.values())
-    with pytest.raises(ValueError, match="'kl'.* in one pack only"):
+    with pytest.raises(ValueError, match=r"'kl'.* in one pack only"):
         add_metrics(metrics, batch.loss(totals_of(batch), config, ref_log_probs=None)[1])
 
 

@@ -93,7 +93,7 @@ def test_check_vocabulary():
         ValueError, match=r"group 1 \('b'\), response 1, position 1: token id 10 is outside .* 10 tokens"
     ):
         check_vocabulary(groups, 10)
-    with pytest.raises(ValueError, match="group 1 .*, prompt, position 0: token id 3"):
+    with pytest.raises(ValueError, match=r"group 1 .*, prompt, position 0: token id 3"):
         check_vocabulary(groups, 3)
 
 
@@ -199,7 +199,7 @@ def test_bad_line_is_refused_with_file_and_line(tmp_path, content, line, message
 
 
 def test_unreadable_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="absent.jsonl: cannot read rollouts: No such file"):
+    with pytest.raises(ValueError, match=r"absent\.jsonl: cannot read rollouts: No such file"):
         read_rollouts(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="cannot read rollouts: Is a directory"):
         read_rollouts(tmp_path)
