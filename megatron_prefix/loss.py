@@ -267,7 +267,7 @@ def grpo_loss(
         the maxima, whose names end in ``_max``: a collective must reduce those with MAX and all others with SUM.
 
     Raises:
-        ValueError: wrong shape, dtype or device, totals smaller than the pack, or a tensor missing that ``config`` needs.
+        ValueError: wrong shape, dtype or device, totals below the pack's, or a tensor that ``config`` needs missing.
     """
     config = config or LossConfig()
     _check_inputs(log_probs, pairs, totals, config)
