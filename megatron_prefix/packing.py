@@ -122,7 +122,7 @@ class Pack:
     @property
     def totals(self) -> BatchTotals:
         """Trained pairs and rollouts of this pack. Add them over all packs and ranks of a step."""
-        return BatchTotals(tokens=self.pairs.row.numel(), rollouts=self.pairs.num_rollouts)
+        return self.pairs.totals
 
 
 def pack_groups(

@@ -9,7 +9,7 @@ from megatron_prefix.mcore.log_probs import check_token_ids, unwrap
 from megatron_prefix.packing import NO_TARGET, Pack
 
 
-def repeated_log_probs(model: torch.nn.Module, pack: Pack) -> Tensor:
+def repeated_log_probs(model: torch.nn.Module, pack: Pack, *, temperature: float = 1.0) -> Tensor:
     """Response log-probs of a pack of repeated sequences under a model with megatron-core's plain layer spec.
 
     Each sequence is one forward pass [1, length] with a causal mask, and the log-probs are torch's log-softmax of the
@@ -19,6 +19,7 @@ def repeated_log_probs(model: torch.nn.Module, pack: Pack) -> Tensor:
     Args:
         model: the whole model (no pipeline stages), wrapped or not.
         pack: from ``pack_groups(..., repeated=True)``.
+        temperature: logits are divided by it.
 
     Returns:
         fp32 [N] (fp64 for an fp64 model), in the order of ``pack.response_rows``.
@@ -47,6 +48,6 @@ def repeated_log_probs(model: torch.nn.Module, pack: Pack) -> Tensor:
         targets = pack.targets[start:end].to(device)
         wanted = torch.nonzero(targets != NO_TARGET).flatten()
         rows = logits[0].index_select(0, wanted)
-        log_probs = rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1)
+        log_probs = (rows.to(torch.promote_types(rows.dtype, torch.float32)) / temperature).log_softmax(-1)
         parts.append(log_probs.gather(1, targets[wanted].unsqueeze(1)).squeeze(1))
     return torch.cat(parts)

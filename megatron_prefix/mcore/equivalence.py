@@ -1,0 +1,186 @@
+"""The proof on your own model: the same step on repeated prefixes by plain megatron-core, and on prefix groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.mcore.log_probs import unwrap
+from megatron_prefix.mcore.training import PolicyTrainer, StepInput
+from megatron_prefix.packing import Pack, RolloutTree, pack_groups
+from megatron_prefix.rollouts import RolloutGroup
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""Largest relative difference by dtype; half precision is judged against the plain path's own error instead."""
+
+OLD_POLICY_NOISE = 0.1
+"""Spread of the made-up old log-probs around the policy's own, so that ratios differ from 1 and some are clipped."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One path's results on a batch: log-probs in pair order, the loss of the global batch, gradients and parameters."""
+
+    log_probs: Tensor
+    loss: float
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Differences between two evaluations, over all ranks.
+
+    Attributes:
+        max_log_prob_diff: largest absolute difference, in nats.
+        max_log_prob_rel_diff: the same over the largest absolute log-prob (at least 1).
+        loss_rel_diff: relative to the larger of the loss and 1e-3.
+        gradients: per parameter, the norm of the difference over the norm of the reference.
+        parameters: the same of the parameters after optimizer steps; empty without steps.
+    """
+
+    max_log_prob_diff: float
+    max_log_prob_rel_diff: float
+    loss_rel_diff: float
+    gradients: dict[str, float]
+    parameters: dict[str, float]
+
+    @property
+    def max_grad_rel_diff(self) -> float:
+        """The worst parameter's gradient."""
+        return max(self.gradients.values())
+
+    @property
+    def worst(self) -> float:
+        """The largest relative difference of all."""
+        values = [self.max_log_prob_rel_diff, self.loss_rel_diff, *self.gradients.values(), *self.parameters.values()]
+        return math.inf if any(math.isnan(value) for value in values) else max(values)
+
+
+def make_inputs(
+    trainer: PolicyTrainer, groups: Sequence[RolloutGroup | RolloutTree], max_tokens_per_pack: int | None, seed: int = 0
+) -> tuple[list[StepInput], list[StepInput]]:
+    """This rank's micro-batches of both paths, grouped and repeated, with the same old log-probs.
+
+    The old log-probs are the policy's own, from ``trainer`` (grouped), with seeded noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    grouped = []
+    rollouts: list[Tensor] = []
+    for pack in pack_groups(groups, max_tokens_per_pack=max_tokens_per_pack):
+        old = trainer.log_probs(pack)
+        old += OLD_POLICY_NOISE * torch.randn(old.shape, generator=generator).to(old)
+        grouped.append(StepInput(pack, old))
+        rollouts.append(old[pack.pairs.row])
+    # One repeated pack per group bounds the memory of the plain path; pairs keep their order (rollout, token).
+    repeated = [_with_old(pack, torch.empty(0)) for pack in _repeated_packs(groups)]
+    remaining = torch.cat(rollouts)
+    for i, batch in enumerate(repeated):
+        count = batch.pack.pairs.row.numel()
+        repeated[i] = _with_old(batch.pack, remaining[:count])
+        remaining = remaining[count:]
+    return grouped, repeated
+
+
+def _repeated_packs(groups: Sequence[RolloutGroup | RolloutTree]) -> list[Pack]:
+    return [pack for group in groups for pack in pack_groups([group], repeated=True)]
+
+
+def _with_old(pack: Pack, pair_log_probs: Tensor) -> StepInput:
+    old = torch.zeros(pack.response_rows.numel(), dtype=pair_log_probs.dtype)
+    if pair_log_probs.numel():
+        old[pack.pairs.row] = pair_log_probs
+    return StepInput(pack, old)
+
+
+def evaluate(trainer: PolicyTrainer, inputs: Sequence[StepInput], steps: int = 0) -> Evaluation:
+    """Log-probs, loss and gradients of a batch, then the parameters after ``steps`` optimizer steps on it."""
+    log_probs = torch.cat([trainer.log_probs(batch.pack)[batch.pack.pairs.row] for batch in inputs])
+    loss = trainer.gradients(inputs)["loss"]
+    gradients: dict[str, Tensor] = {}
+    if not trainer.settings.distributed_optimizer:
+        gradients = {name: gradient.clone() for name, gradient in trainer.named_gradients().items()}
+    for _ in range(steps):
+        trainer.step(inputs)
+    parameters = {n: p.detach().clone() for n, p in unwrap(trainer.model).named_parameters()} if steps else {}
+    return Evaluation(log_probs, loss, gradients, parameters)
+
+
+def differences(result: Evaluation, reference: Evaluation) -> Differences:
+    """How far ``result`` is from ``reference``, the same on every rank."""
+    diff = (result.log_probs.double() - reference.log_probs.double()).abs().max().item()
+    scale = max(1.0, reference.log_probs.abs().max().item())
+    mine = {
+        "log_probs": (diff, scale),
+        "loss": abs(result.loss - reference.loss) / max(abs(reference.loss), 1e-3),
+        "gradients": _squares(result.gradients, reference.gradients),
+        "parameters": _squares(result.parameters, reference.parameters),
+    }
+    ranks = all_gather_object(mine, torch.distributed.group.WORLD)
+    return Differences(
+        max_log_prob_diff=max(rank["log_probs"][0] for rank in ranks),
+        max_log_prob_rel_diff=max(d / s for d, s in (rank["log_probs"] for rank in ranks)),
+        loss_rel_diff=max(rank["loss"] for rank in ranks),
+        gradients=_relative([rank["gradients"] for rank in ranks]),
+        parameters=_relative([rank["parameters"] for rank in ranks]),
+    )
+
+
+Squares = dict[str, tuple[float, float]]
+
+
+def _squares(result: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Squares:
+    if result.keys() != reference.keys():
+        raise ValueError(f"the two models have different parameters: {sorted(result.keys() ^ reference.keys())}")
+    return {
+        name: ((value.double() - reference[name].double()).square().sum().item(), reference[name].double().square().sum().item())
+        for name, value in result.items()
+    }
+
+
+def _relative(ranks: Sequence[Squares]) -> dict[str, float]:
+    """Norm of the difference over norm of the reference, shards of all ranks taken together."""
+    result = {}
+    for name in ranks[0]:
+        diff = sum(rank[name][0] for rank in ranks)
+        norm = sum(rank[name][1] for rank in ranks)
+        result[name] = math.sqrt(diff / norm) if norm > 0 else (0.0 if diff == 0 else math.inf)
+    return result
+
+
+def copy_parameters(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Give ``target`` the values of ``source``, parameter by parameter, cast to its dtype."""
+    values = dict(unwrap(source).named_parameters())
+    with torch.no_grad():
+        for name, param in unwrap(target).named_parameters():
+            param.copy_(values[name])
+
+
+def shard_groups(
+    groups: Sequence[RolloutGroup | RolloutTree], dp_rank: int | None = None, dp_size: int | None = None
+) -> list[RolloutGroup | RolloutTree]:
+    """The groups of one data-parallel rank: balanced by attention area and rows, in their order.
+
+    Longest first onto the least loaded rank, the same on every rank without communication.
+
+    Raises:
+        ValueError: fewer groups than ranks.
+    """
+    rank = parallel_state.get_data_parallel_rank() if dp_rank is None else dp_rank
+    size = parallel_state.get_data_parallel_world_size() if dp_size is None else dp_size
+    if len(groups) < size:
+        raise ValueError(f"{len(groups)} groups cannot feed {size} data-parallel ranks; give at least one group per rank")
+    costs = [pack_groups([group])[0].layout for group in groups]
+    order = sorted(range(len(groups)), key=lambda i: (-costs[i].area, i))
+    loads = [0] * size
+    owner = [0] * len(groups)
+    for i in order:
+        owner[i] = min(range(size), key=lambda r: (loads[r], r))
+        loads[owner[i]] += costs[i].area
+    return [group for i, group in enumerate(groups) if owner[i] == rank]

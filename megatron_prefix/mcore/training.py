@@ -1,0 +1,218 @@
+"""A policy under training: megatron-core's DDP, optimizer and schedules around grouped forward passes and the GRPO loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.loss import BatchTotals, LossConfig, add_metrics, grpo_loss, summarize
+from megatron_prefix.mcore.log_probs import response_log_probs
+from megatron_prefix.packing import Pack
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How parameters are updated.
+
+    Attributes:
+        learning_rate, weight_decay, clip_grad: of megatron-core's Adam; ``clip_grad`` 0 turns clipping off.
+        optimizer: "adam" or "sgd".
+        distributed_optimizer: shard optimizer state over data-parallel ranks (reduce-scatter of gradients).
+        overlap_grad_reduce: reduce gradients while backward still runs.
+        temperature: of the log-probs, as in sampling.
+        chunk_rows: see `response_log_probs`.
+    """
+
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    optimizer: str = "adam"
+    distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    temperature: float = 1.0
+    chunk_rows: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("learning_rate", 0), ("weight_decay", 0), ("clip_grad", 0), ("chunk_rows", 1)):
+            if not getattr(self, name) >= minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.optimizer not in ("adam", "sgd"):
+            raise ValueError(f"optimizer must be 'adam' or 'sgd', got {self.optimizer!r}")
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One micro-batch of a step: a pack and the log-probs that its loss is measured against, each [N] on the CPU."""
+
+    pack: Pack
+    old_log_probs: Tensor
+    ref_log_probs: Tensor | None = None
+
+
+class PolicyTrainer:
+    """Takes optimizer steps on packs. Every data-parallel rank calls it with its own packs, at least one each.
+
+    Args:
+        model: from `build_model` with a prefix-grouped layer spec (or the repeated-prefix baseline of the same spec).
+        settings: optimizer and data-parallel settings.
+        loss: what to optimize.
+        log_probs: how log-probs are computed from (model, pack); `response_log_probs` unless a test or the plain
+            megatron-core oracle stands in.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, settings: TrainSettings, loss: LossConfig, *, log_probs: Any = None
+    ) -> None:
+        if model.config.params_dtype is torch.float64 and settings.clip_grad > 0:
+            raise ValueError(
+                f"clip_grad={settings.clip_grad}: megatron-core clips fp32 gradients only; set it to 0 for an fp64 model"
+            )
+        self.settings, self.loss = settings, loss
+        self.log_probs_fn = log_probs or partial(
+            response_log_probs, temperature=settings.temperature, chunk_rows=settings.chunk_rows
+        )
+        self.dp_group = parallel_state.get_data_parallel_group()
+        self.config = model.config
+        self.dtype = model.config.params_dtype
+        if model.config.bf16:
+            model = Float16Module(model.config, model)
+        # With this setting megatron-core sums gradients over ranks and micro-batches and scales nothing: the loss is
+        # already this micro-batch's share of the mean over the global batch.
+        model.config.calculate_per_token_loss = True
+        self.model = DistributedDataParallel(
+            config=model.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=model.config.bf16,
+                overlap_grad_reduce=settings.overlap_grad_reduce,
+                use_distributed_optimizer=settings.distributed_optimizer,
+            ),
+            module=model,
+        )
+        self.model.broadcast_params()
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer=settings.optimizer,
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                clip_grad=settings.clip_grad,
+                bf16=model.config.bf16,
+                params_dtype=self.dtype,
+                use_distributed_optimizer=settings.distributed_optimizer,
+                sgd_momentum=0.0,
+            ),
+            [self.model],
+        )
+        self.config.finalize_model_grads_func = _finalize
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.no_sync_func = self.model.no_sync
+
+    @torch.no_grad()
+    def log_probs(self, pack: Pack) -> Tensor:
+        """Response log-probs of the policy as it is, on the CPU: old (or, before any step, reference) log-probs."""
+        self.model.eval()
+        result = self.log_probs_fn(self.model, pack)
+        self.model.train()
+        return result.cpu()
+
+    def step(self, inputs: Sequence[StepInput]) -> dict[str, float]:
+        """Forward and backward over this rank's micro-batches and one optimizer step.
+
+        Returns the metrics of the global batch (see `grpo_loss`), with the gradient norm as ``grad_norm`` and whether
+        the update was made as ``updated``.
+
+        Raises:
+            ValueError: no micro-batch on this rank.
+        """
+        metrics = self.gradients(inputs)
+        updated, grad_norm, _ = self.optimizer.step()
+        return metrics | {"grad_norm": float(grad_norm or 0.0), "updated": float(updated)}
+
+    def gradients(self, inputs: Sequence[StepInput]) -> dict[str, float]:
+        """The forward and backward part of `step`: gradients of the global batch are in every ``param.main_grad``."""
+        if not inputs:
+            raise ValueError(
+                "this data-parallel rank has no micro-batch; give every rank at least one group, or use fewer ranks"
+            )
+        totals = self._global_totals(inputs)
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        metrics = get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, totals),
+            data_iterator=iter(inputs),
+            model=[self.model],
+            num_microbatches=len(inputs),
+            seq_length=1,  # shapes come from the packs
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        return self._summarize(metrics)
+
+    def named_gradients(self) -> dict[str, Tensor]:
+        """Gradients after `gradients`, by parameter name (not available with the distributed optimizer's shards)."""
+        return {name.removeprefix("module."): param.main_grad for name, param in self.model.module.named_parameters()}
+
+    def _forward_step(self, totals: BatchTotals, iterator: Iterator[StepInput], model: Any) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        with_entropy = self.loss.entropy_coef > 0
+        output = self.log_probs_fn(model, batch.pack, **({"with_entropy": True} if with_entropy else {}))
+        log_probs, entropy = output if with_entropy else (output, None)
+        return log_probs, partial(self._loss, totals, batch, entropy)
+
+    def _loss(
+        self, totals: BatchTotals, batch: StepInput, entropy: Tensor | None, log_probs: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        pack, device = batch.pack, log_probs.device
+
+        def upload(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        loss, metrics = grpo_loss(
+            log_probs,
+            batch.old_log_probs.to(device, non_blocking=True),
+            pack.advantages.to(device, non_blocking=True),
+            pack.pairs.to(device),
+            totals,
+            ref_log_probs=upload(batch.ref_log_probs),
+            sampler_log_probs=upload(pack.sampler_log_probs),
+            entropy=entropy,
+            config=self.loss,
+        )
+        return loss, torch.ones((), dtype=torch.int, device=device), metrics
+
+    def _global_totals(self, inputs: Sequence[StepInput]) -> BatchTotals:
+        mine = BatchTotals(0, 0)
+        for batch in inputs:
+            mine = mine + batch.pack.totals
+        shares = all_gather_object(dataclasses.astuple(mine), self.dp_group)
+        return BatchTotals(*(sum(column) for column in zip(*shares, strict=True)))
+
+    def _summarize(self, per_pack: list[dict[str, Tensor]]) -> dict[str, float]:
+        mine = {name: value.cpu() for name, value in _add_all(per_pack).items()}
+        return summarize(_add_all(all_gather_object(mine, self.dp_group)))
+
+
+def _add_all(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    total = dict(metrics[0])
+    for more in metrics[1:]:
+        total = add_metrics(total, more)
+    return total
+
+
+def _finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+    """megatron-core's gradient reductions, without its division by a token count: the loss is normalised already."""
+    finalize_model_grads(model, None, *args, **kwargs)
