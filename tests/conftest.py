@@ -1,4 +1,4 @@
-"""Settings for every test: few threads, NaN in fresh memory, reproducible hypothesis runs, GPU tests only with a GPU."""
+"""Settings of every test: few threads, NaN in fresh memory, repeatable hypothesis runs, GPU tests only with a GPU."""
 
 import os
 

@@ -123,7 +123,7 @@ def _started(world_size: int, payload: bytes, folder: str) -> Iterator[list[_Ran
         for rank in range(world_size):
             reports, child_end = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(rank, world_size, payload, folder, child_end), daemon=True, name=f"rank {rank}"
+                target=_rank_main, args=(rank, world_size, payload, folder, child_end), name=f"rank {rank}"
             )
             process.start()
             child_end.close()
@@ -133,11 +133,18 @@ def _started(world_size: int, payload: bytes, folder: str) -> Iterator[list[_Ran
             each.process.join(10)
     finally:
         for each in ranks:
-            if each.process.exitcode is None:
-                each.process.kill()
+            _kill(each.process)
         for each in ranks:
             each.process.join(10)
             each.reports.close()
+
+
+def _kill(process: ForkServerProcess) -> None:
+    """Kill a rank, where it still runs, and whatever it has started (megatron-core's checkpoint writers)."""
+    assert process.pid is not None
+    process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _installed(name: str) -> bool:
@@ -188,6 +195,7 @@ def _timeout_text(ranks: list[_Rank], what: str, folder: str) -> str:
 
 def _rank_main(rank: int, world_size: int, payload: bytes, folder: str, reports: connection.Connection) -> None:
     """Runs in the new process."""
+    os.setpgid(0, 0)  # so that what this rank starts can be ended with it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(Path(folder, f"stack_{rank}"), "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
@@ -223,4 +231,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)

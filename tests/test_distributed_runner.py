@@ -61,7 +61,12 @@ def _rank_0_calls_sys_exit(rank: int, world_size: int, pids: str) -> None:
         sys.exit(0)
 
 
+def _leaves_a_child(rank: int, world_size: int) -> int:
+    return subprocess.Popen(["sleep", "1000"]).pid
+
+
 def _all_hang(rank: int, world_size: int, pids: str) -> None:
+    _leaves_a_child(rank, world_size)
     _leave_pid(pids)
     dist.barrier()
     _sleep_here_for_ever()
@@ -128,6 +133,10 @@ def test_sys_exit_is_a_failure_whatever_its_code(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"(?s)rank 0 of 2 failed:.*SystemExit: 0"):
         run_distributed(_rank_0_calls_sys_exit, 2, str(tmp_path))
     assert _gone(_pids(tmp_path))
+
+
+def test_what_a_rank_started_ends_with_it() -> None:
+    assert _gone(run_distributed(_leaves_a_child, 2), seconds=5)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
