@@ -1,0 +1,1 @@
+"""The command line: `megatron-prefix`, also `python -m megatron_prefix`."""

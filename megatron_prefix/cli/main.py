@@ -1,0 +1,80 @@
+"""The `megatron-prefix` command: a table of subcommands, each imported when it is used.
+
+Nothing heavy is imported here, so that `--help` answers at once.
+"""
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+try:
+    import click
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "the megatron-prefix command needs the cli extra: pip install 'megatron-prefix[cli]'"
+    ) from error
+
+from megatron_prefix.version import __version__
+
+
+class Command(NamedTuple):
+    """Where a subcommand lives ("module:attribute") and its line in the list of commands."""
+
+    target: str
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+class InputError(click.ClickException):
+    """What the user gave cannot be used: the message alone, exit code 2."""
+
+    exit_code = 2
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand only to run it or to show its own help.
+
+    The one place where bad input ends: a ValueError raised by any subcommand becomes an InputError.
+    """
+
+    def __init__(self, *args: Any, table: dict[str, Command], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.table = table
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.table:
+            return None
+        module, _, attribute = self.table[cmd_name].target.partition(":")
+        return getattr(import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, command.summary) for name, command in self.table.items()]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+@click.group(
+    cls=LazyGroup,
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True},
+    epilog="'megatron-prefix COMMAND --help' describes a command. Commands that train or compare also run under "
+    "torchrun: torchrun --nproc-per-node 2 -m megatron_prefix COMMAND ...",
+)
+@click.version_option(__version__, prog_name="megatron-prefix")
+def main() -> None:
+    """Train on prefix groups with every shared prefix encoded once, on megatron-core.
+
+    Several responses to one prompt (GRPO and its relatives) share the prompt's rows instead of repeating them: the same
+    gradients for less work.
+    """
