@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_prefix.attention import IMPLS, KERNELS, grouped_attention, reference_attention, resolve_impl
+from megatron_prefix.attention import IMPLS, resolve_impl
 from megatron_prefix.attention.grouped import check_tensors
 from megatron_prefix.mcore.packed import PrefixPackedSeqParams
 from megatron_prefix.mcore.support import refuse_unsupported
@@ -77,13 +77,11 @@ class PrefixCoreAttention(MegatronModule):
             raise ValueError(f"a pack is one sequence of rows: expected query [T, 1, heads, head_dim], got {tuple(query.shape)}")
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         check_tensors(q, k, v, packed.num_padded_rows)
-        rows = packed.layout.num_rows
+        rows = packed.num_rows
         scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
-        name = resolve_impl(self.impl, q.device)
-        if name == "reference":
-            out = reference_attention(q[:rows], k[:rows], v[:rows], packed.layout, scale)
-        else:
-            out = grouped_attention(q[:rows], k[:rows], v[:rows], packed.calls, scale, KERNELS[name])
+        out = packed.attend(
+            self.layer_number, q[:rows], k[:rows], v[:rows], softmax_scale=scale, impl=resolve_impl(self.impl, q.device)
+        )
         out = pad(out, (0, 0, 0, 0, 0, packed.num_padded_rows - rows))
         return out.reshape(out.shape[0], 1, -1)
 

@@ -13,6 +13,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_prefix.attention import KERNELS, grouped_attention, reference_attention
 from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.layout import PrefixLayout
 
@@ -55,6 +56,11 @@ class PrefixPackedSeqParams(PackedSeqParams):
         )
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the micro-batch without its padding."""
+        return self.layout.num_rows
+
+    @property
     def num_padded_rows(self) -> int:
         """Rows of the micro-batch with its padding."""
         return self.row_positions.numel()
@@ -63,3 +69,13 @@ class PrefixPackedSeqParams(PackedSeqParams):
         """The same, marked "sbhd": inside an attention layer each row then takes its own rotary frequency (the thd path
         of megatron-core restarts positions at every segment)."""
         return replace(self, qkv_format="sbhd")
+
+    def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, impl: str) -> Tensor:
+        """The attention of one layer: q [T, Hq, D], k and v [T, Hkv, D] without padding -> [T, Hq, D].
+
+        A subclass that keeps keys between micro-batches does so here, by ``layer_number`` (megatron-core's, from 1).
+        ``impl`` is resolved.
+        """
+        if impl == "reference":
+            return reference_attention(q, k, v, self.layout, softmax_scale)
+        return grouped_attention(q, k, v, self.calls, softmax_scale, KERNELS[impl])
