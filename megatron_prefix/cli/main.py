@@ -23,7 +23,9 @@ class Command(NamedTuple):
     summary: str
 
 
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {
+    "verify": Command("megatron_prefix.cli.verify:verify_command", "Compare prefix groups with plain megatron-core."),
+}
 
 
 class InputError(click.ClickException):

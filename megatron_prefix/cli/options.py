@@ -1,0 +1,141 @@
+"""Options that several commands share, and what they stand for: process groups, groups of rollouts, models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+
+from megatron_prefix.attention import IMPLS
+from megatron_prefix.cli.console import start_distributed
+from megatron_prefix.mcore.checkpoint import CONFIG_FILE, load_checkpoint, load_config
+from megatron_prefix.mcore.cpu import run_on_cpu
+from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
+from megatron_prefix.mcore.model import RECOMPUTE, build_model, transformer_config
+from megatron_prefix.mcore.parallel import ParallelSizes, initialize
+from megatron_prefix.model_config import ModelConfig
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class ParallelFlags:
+    """--tp, --pp, --cp, --dp and --sequence-parallel as given."""
+
+    tp: int
+    pp: int
+    cp: int
+    dp: int | None
+    sequence_parallel: bool
+
+    def start(self, seed: int, timeout_s: float = 600) -> ParallelSizes:
+        """Process groups as torchrun and the flags say, on the GPU where there is one, else on the CPU.
+
+        Raises:
+            ValueError: sizes that do not divide the world size, or are not supported.
+        """
+        for name, value, what in (("pp", self.pp, "pipeline"), ("cp", self.cp, "context")):
+            if value != 1:
+                raise ValueError(f"--{name} {value}: {what} parallelism is not supported with prefix groups; use --{name} 1")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("--sequence-parallel needs --tp of 2 or more")
+        if not torch.cuda.is_available():
+            run_on_cpu()
+        sizes = ParallelSizes(tp=self.tp, pp=self.pp, cp=self.cp, dp=self.dp)
+        world = start_distributed(timeout_s=timeout_s)
+        sizes.resolve(world.size)
+        return initialize(sizes, seed=seed, local_rank=world.local_rank, timeout_s=timeout_s)
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """--model, --dtype, --impl, --use-te and --recompute as given."""
+
+    model: Path | None
+    dtype: str
+    impl: str
+    use_te: bool
+    recompute: str
+
+    def config(self) -> ModelConfig:
+        """The model's shape, from a checkpoint folder or a JSON file.
+
+        Raises:
+            ValueError: no --model, or neither a checkpoint folder nor a model.json.
+        """
+        if self.model is None:
+            raise ValueError("--model is missing: a checkpoint folder (from `import` or `train`) or a model.json")
+        return load_config(self.model) if self.model.is_dir() else ModelConfig.from_json(self.model)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of parameters and activations."""
+        return DTYPES[self.dtype]
+
+    def build(self, config: ModelConfig, *, sequence_parallel: bool, seed: int, plain: bool = False) -> torch.nn.Module:
+        """The model with prefix-grouped attention (or megatron-core's plain local spec), random or from the checkpoint.
+
+        Raises:
+            ValueError: what the sizes or the checkpoint do not allow.
+        """
+        settings: dict[str, Any] = {"dtype": self.torch_dtype, "sequence_parallel": sequence_parallel}
+        spec = None
+        if not plain:
+            spec = prefix_gpt_layer_spec(transformer_config(config, **settings), impl=self.impl, use_te=self.use_te)
+        model = build_model(config, layer_spec=spec, recompute=self.recompute, seed=seed, **settings)
+        if self.model is not None and self.model.is_dir():
+            load_checkpoint(self.model, model, config=config)
+        return model
+
+
+def parallel_options(command: Command) -> Command:
+    """Add the parallel sizes; the command gets them as ``parallel: ParallelFlags``."""
+    return _gather(
+        command,
+        "parallel",
+        ParallelFlags,
+        click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel size."),
+        click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline-parallel size (1 only, for now)."),
+        click.option("--cp", type=click.IntRange(1), default=1, help="Context-parallel size (1 only, for now)."),
+        click.option("--dp", type=click.IntRange(1), default=None, help="Data-parallel size; default: what is left."),
+        click.option("--sequence-parallel", is_flag=True, help="Shard activations between layers over --tp."),
+    )
+
+
+def model_options(command: Command) -> Command:
+    """Add the model and how it is built; the command gets them as ``flags: ModelFlags``."""
+    return _gather(
+        command,
+        "flags",
+        ModelFlags,
+        click.option(
+            "--model",
+            type=click.Path(exists=True, path_type=Path),
+            help=f"Checkpoint folder, or a {CONFIG_FILE} for random weights.",
+        ),
+        click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", help="Of parameters and activations."),
+        click.option("--impl", type=click.Choice(IMPLS), default="auto", help="Attention implementation."),
+        click.option("--use-te", is_flag=True, help="Transformer Engine's linear and norm modules."),
+        click.option("--recompute", type=click.Choice(RECOMPUTE), default="none", help="Activation recompute."),
+    )
+
+
+def _gather(command: Command, name: str, kind: type, *options: Callable[[Any], Any]) -> Command:
+    """Collect the options that are fields of ``kind`` into one argument of the command."""
+
+    @functools.wraps(command)
+    def gathered(**kwargs: Any) -> Any:
+        values = {field.name: kwargs.pop(field.name) for field in fields(kind)}
+        return command(**kwargs, **{name: kind(**values)})
+
+    result: Any = gathered
+    for option in reversed(options):
+        result = option(result)
+    return result

@@ -1,0 +1,238 @@
+"""`megatron-prefix verify`: your model and rollouts both ways, and how far apart the results are."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from megatron.core import parallel_state
+
+from megatron_prefix.cli.console import print_json, print_table, progress_bar
+from megatron_prefix.cli.options import ModelFlags, ParallelFlags, model_options, parallel_options
+from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.loss import LossConfig
+from megatron_prefix.mcore.equivalence import (
+    TOLERANCE,
+    Differences,
+    Evaluation,
+    copy_parameters,
+    differences,
+    evaluate,
+    make_inputs,
+    shard_groups,
+)
+from megatron_prefix.mcore.parallel import ParallelSizes, destroy
+from megatron_prefix.mcore.repeated import repeated_log_probs
+from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
+from megatron_prefix.model_config import ModelConfig
+from megatron_prefix.rollouts import RolloutGroup, check_vocabulary, read_rollouts
+
+TINY_MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_attention_heads=8,
+    num_query_groups=4,
+    vocab_size=128,
+    max_position_embeddings=256,
+    tied_embeddings=False,
+)
+SHOWN_PARAMETERS = 8
+
+
+@click.command("verify")
+@click.option("--rollouts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Rollouts JSONL.")
+@click.option("--tiny", is_flag=True, help="A small random model and random ragged groups: no files needed.")
+@click.option("--max-groups", type=click.IntRange(1), help="Use the first groups of the file only.")
+@click.option("--max-tokens-per-pack", type=click.IntRange(1), help="Most rows of one micro-batch.")
+@click.option("--steps", type=click.IntRange(0), default=0, help="Also compare parameters after so many optimizer steps.")
+@click.option("--tolerance", type=float, help="Largest relative difference; default 1e-10 (fp64), 1e-5 (fp32).")
+@click.option("--seed", type=int, default=0, help="Of random weights, groups and the made-up old policy.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@model_options
+@parallel_options
+def verify_command(
+    rollouts: Path | None,
+    tiny: bool,
+    max_groups: int | None,
+    max_tokens_per_pack: int | None,
+    steps: int,
+    tolerance: float | None,
+    seed: int,
+    as_json: bool,
+    flags: ModelFlags,
+    parallel: ParallelFlags,
+) -> None:
+    """Run one GRPO step both ways and compare: repeated prefixes on plain megatron-core, and prefix groups.
+
+    Compares the log-probs of every response token, the loss, every parameter's gradient and, with --steps, the
+    parameters after optimizer steps. Exits with 1 when a relative difference is over the tolerance. In bf16 both paths
+    are measured against plain megatron-core in fp32, and the grouped path may be off by at most twice what the plain
+    bf16 path is.
+
+    \b
+    megatron-prefix verify --tiny
+    torchrun --nproc-per-node 2 -m megatron_prefix verify --tiny --tp 2 --sequence-parallel
+    megatron-prefix verify --model smollm2 --rollouts rollouts.jsonl --max-groups 2 --tolerance 1e-4
+    """
+    if tiny == (rollouts is not None):
+        raise ValueError("give either --tiny, or --rollouts and --model")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"--tolerance must be above 0, got {tolerance}")
+    if flags.dtype == "bf16" and (steps or tolerance is not None):
+        raise ValueError("bf16 is judged against the plain path's own error: leave out --steps and --tolerance")
+    config = TINY_MODEL if tiny and flags.model is None else flags.config()
+    groups = read_rollouts(rollouts)[:max_groups] if rollouts else tiny_groups(config.vocab_size, seed)
+    check_vocabulary(groups, config.vocab_size)
+    sizes = parallel.start(seed)
+    mine = shard_groups(groups)
+    started = time.perf_counter()
+    run = _Run(config, flags, parallel.sequence_parallel, seed)
+    with progress_bar("verify", 3 if flags.dtype == "bf16" else 2, unit="rows") as advance:
+        grouped = run.trainer(flags.torch_dtype)
+        grouped_inputs, repeated_inputs = make_inputs(grouped, mine, max_tokens_per_pack, seed)
+        result = evaluate(grouped, grouped_inputs, steps)
+        rows_grouped = _total(sum(batch.pack.layout.num_rows for batch in grouped_inputs))
+        advance(units=rows_grouped, note="prefix groups")
+        plain = run.trainer(flags.torch_dtype, plain=True)
+        reference = evaluate(plain, repeated_inputs, steps)
+        rows_repeated = _total(sum(batch.pack.layout.num_rows for batch in repeated_inputs))
+        advance(units=rows_repeated, note="repeated prefixes")
+        if flags.dtype == "bf16":
+            exact_trainer = run.trainer(torch.float32, plain=True, weights=plain.model)
+            exact = evaluate(exact_trainer, repeated_inputs)
+            advance(units=rows_repeated, note="repeated prefixes, fp32")
+            found, own = differences(result, exact), differences(reference, exact)
+            limits = Limits.twice(own)
+        else:
+            found = differences(result, reference)
+            limits = Limits.uniform(TOLERANCE[flags.torch_dtype] if tolerance is None else tolerance)
+    report = _report(found, limits, config, sizes, result)
+    report |= {
+        "rows_repeated": rows_repeated,
+        "rows_grouped": rows_grouped,
+        "dtype": flags.dtype,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    _show(report, found, limits)
+    if as_json:
+        print_json(report)
+    destroy()
+    raise SystemExit(0 if report["ok"] else 1)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What each difference may be."""
+
+    log_prob: float
+    loss: float
+    gradient: float
+    parameter: float
+
+    @classmethod
+    def uniform(cls, tolerance: float) -> Limits:
+        """One relative tolerance for all."""
+        return cls(tolerance, tolerance, tolerance, tolerance)
+
+    @classmethod
+    def twice(cls, own: Differences) -> Limits:
+        """Twice the plain path's own error (and never under what bf16 resolves in a mean of rounded terms)."""
+        return cls(2 * own.max_log_prob_rel_diff, max(2 * own.loss_rel_diff, 2**-8), 2 * own.max_grad_rel_diff, 0.0)
+
+    def hold(self, found: Differences) -> bool:
+        """Whether every difference is within its limit; NaN never is."""
+        pairs = [
+            (found.max_log_prob_rel_diff, self.log_prob),
+            (found.loss_rel_diff, self.loss),
+            (found.max_grad_rel_diff, self.gradient),
+            *((value, self.parameter) for value in found.parameters.values()),
+        ]
+        return all(value <= limit for value, limit in pairs)
+
+
+class _Run:
+    """Builds the trainers of one verification, all with the same weights."""
+
+    def __init__(self, config: ModelConfig, flags: ModelFlags, sequence_parallel: bool, seed: int) -> None:
+        self.config, self.flags, self.sequence_parallel, self.seed = config, flags, sequence_parallel, seed
+
+    def trainer(
+        self, dtype: torch.dtype, *, plain: bool = False, weights: torch.nn.Module | None = None
+    ) -> PolicyTrainer:
+        """A trainer on the grouped path, or on plain megatron-core; ``weights`` overrides its parameters."""
+        flags = ModelFlags(
+            **{**vars(self.flags), "dtype": {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]}
+        )
+        model = flags.build(self.config, sequence_parallel=self.sequence_parallel, seed=self.seed, plain=plain)
+        if weights is not None:
+            copy_parameters(weights, model)
+        settings = TrainSettings(learning_rate=1e-3, clip_grad=0.0)
+        return PolicyTrainer(model, settings, LossConfig(), log_probs=repeated_log_probs if plain else None)
+
+
+def tiny_groups(vocab_size: int, seed: int) -> list[RolloutGroup]:
+    """Random ragged groups: a one-token prompt, one-token responses, a group of one, and unequal lengths."""
+    rng = random.Random(seed)
+    shapes = [(12, [3, 1, 7]), (1, [4, 2]), (9, [5]), (17, [1, 1]), (6, [2, 8, 3, 4])]
+    shapes += [(rng.randint(1, 24), [rng.randint(1, 9) for _ in range(rng.randint(1, 5))]) for _ in range(3)]
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(vocab_size) for _ in range(count)]
+
+    return [
+        RolloutGroup(
+            prompt=tokens(prompt), responses=[tokens(n) for n in responses], rewards=[rng.random() for _ in responses]
+        )
+        for prompt, responses in shapes
+    ]
+
+
+def _total(rows: int) -> int:
+    """Rows of all data-parallel ranks."""
+    return sum(all_gather_object(rows, parallel_state.get_data_parallel_group()))
+
+
+def _report(
+    found: Differences, limits: Limits, config: ModelConfig, sizes: ParallelSizes, result: Evaluation
+) -> dict[str, Any]:
+    worst = max(found.gradients, key=lambda name: found.gradients[name])
+    return {
+        "ok": limits.hold(found),
+        "max_log_prob_diff": found.max_log_prob_diff,
+        "max_log_prob_rel_diff": found.max_log_prob_rel_diff,
+        "loss": result.loss,
+        "loss_rel_diff": found.loss_rel_diff,
+        "max_grad_rel_diff": found.max_grad_rel_diff,
+        "worst_parameter": worst,
+        "max_param_rel_diff": max(found.parameters.values(), default=None),
+        "tolerance": limits.gradient,
+        "tp": sizes.tp,
+        "dp": sizes.dp,
+        "layers": config.num_layers,
+    }
+
+
+def _show(report: dict[str, Any], found: Differences, limits: Limits) -> None:
+    def row(what: str, value: float, limit: float) -> tuple[str, str, str, str]:
+        return what, f"{value:.2e}", f"{limit:.2e}", "ok" if value <= limit else "OVER"
+
+    worst = sorted(found.gradients, key=lambda name: -found.gradients[name])[:SHOWN_PARAMETERS]
+    rows = [
+        row("log-probs (relative)", found.max_log_prob_rel_diff, limits.log_prob),
+        row("loss", found.loss_rel_diff, limits.loss),
+        *(row(f"grad {name}", found.gradients[name], limits.gradient) for name in worst),
+    ]
+    if found.parameters:
+        rows.append(row("parameters after steps", max(found.parameters.values()), limits.parameter))
+    print_table(
+        f"repeated prefixes ({report['rows_repeated']} rows) vs prefix groups ({report['rows_grouped']} rows), "
+        f"{report['dtype']}: {'equal' if report['ok'] else 'NOT EQUAL'}",
+        ("worst differences", "value", "limit", ""),
+        rows,
+    )
