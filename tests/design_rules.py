@@ -184,9 +184,11 @@ def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            if ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
-                yield node.lineno, str(node.args[0].value)
+        elif isinstance(node, ast.Call) and _dotted(node.func, {}).rpartition(".")[2] in (
+            "import_module",
+            "__import__",
+        ):
+            yield from ((node.lineno, str(each.value)) for each in node.args if isinstance(each, ast.Constant))
 
 
 def _names_of_modules(tree: ast.Module) -> dict[str, str]:
