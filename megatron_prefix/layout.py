@@ -50,7 +50,9 @@ class PrefixLayout:
         if not lengths:
             raise ValueError("a layout needs at least one segment, got none")
         if len(lengths) != len(parents):
-            raise ValueError(f"lengths and parents must have one entry per segment, got {len(lengths)} and {len(parents)}")
+            raise ValueError(
+                f"lengths and parents must have one entry per segment, got {len(lengths)} and {len(parents)}"
+            )
         branch: list[int] = []  # the path from a root to the previous segment
         for i, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
             for name, value in (("length", length), ("parent", parent)):

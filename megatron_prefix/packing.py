@@ -53,13 +53,17 @@ class RolloutTree:
         if not self.nodes or self.nodes[0].parent != -1 or any(node.parent == -1 for node in self.nodes[1:]):
             raise ValueError("a rollout tree needs exactly one root, as its first node")
         if self.nodes[0].rollouts:
-            raise ValueError("node 0: the root cannot be trained, nothing predicts its first token; put the prompt there")
+            raise ValueError(
+                "node 0: nothing predicts the root's first token, so it cannot be trained; put the prompt there"
+            )
         owned: set[int] = set()
         for i, node in enumerate(self.nodes):
             if not node.tokens:
                 raise ValueError(f"node {i} has no tokens; leave it out")
             if any(not 0 <= rollout < len(self.rewards) for rollout in node.rollouts):
-                raise ValueError(f"node {i}: rollouts {node.rollouts} must be numbers below {len(self.rewards)} (one reward each)")
+                raise ValueError(
+                    f"node {i}: rollouts {node.rollouts} must be below {len(self.rewards)}, the number of rewards"
+                )
             for name in ("loss_mask", "log_probs"):
                 values = getattr(node, name)
                 if values is not None and len(values) != len(node.tokens):
@@ -86,9 +90,10 @@ class RolloutTree:
         return cls((TreeNode(group.prompt, -1), *responses), tuple(group.rewards))
 
     @property
-    def num_rows(self) -> int:
-        """Rows that the tree takes in a pack."""
-        return sum(len(node.tokens) for node in self.nodes) - 1
+    def layout(self) -> PrefixLayout:
+        """The tree's segments when it is a pack of its own. The root's last token stands in its children's segments."""
+        lengths = [len(node.tokens) - (node.parent < 0) for node in self.nodes]
+        return PrefixLayout(lengths, [node.parent for node in self.nodes])
 
 
 @dataclass(frozen=True)
@@ -143,26 +148,70 @@ def pack_groups(
     Raises:
         ValueError: no groups, or a group with more rows than the limit.
     """
-    if not groups:
-        raise ValueError("there is nothing to pack: no rollout groups were given")
-    if max_tokens_per_pack is not None and max_tokens_per_pack < 1:
-        raise ValueError(f"max_tokens_per_pack must be at least 1, got {max_tokens_per_pack}")
-    trees = [group if isinstance(group, RolloutTree) else RolloutTree.from_group(group) for group in groups]
+    trees = check_pack_limit(groups, max_tokens_per_pack, repeated=repeated)
     packs: list[list[RolloutTree]] = []
     free = 0
-    for i, tree in enumerate(trees):
-        rows = _repeated_rows(tree) if repeated else tree.num_rows
-        if max_tokens_per_pack is not None and rows > max_tokens_per_pack:
-            raise ValueError(
-                f"group {_name(groups[i], i)} needs {rows} rows, max_tokens_per_pack is {max_tokens_per_pack}; "
-                f"raise max_tokens_per_pack to at least {rows}, or give the group fewer or shorter responses"
-            )
+    for tree in trees:
+        rows = _num_rows(tree, repeated)
         if not packs or (max_tokens_per_pack is not None and rows > free):
             packs.append([])
             free = max_tokens_per_pack or 0
         packs[-1].append(tree)
         free -= rows
     return [_build_pack(members, normalize_std, repeated) for members in packs]
+
+
+def check_pack_limit(
+    groups: Sequence[RolloutGroup | RolloutTree], max_tokens_per_pack: int | None, *, repeated: bool = False
+) -> list[RolloutTree]:
+    """The groups as trees, each of which fits a pack.
+
+    Raises:
+        ValueError: no groups, or a group with more rows than the limit.
+    """
+    if not groups:
+        raise ValueError("there is nothing to pack: no rollout groups were given")
+    if max_tokens_per_pack is not None and max_tokens_per_pack < 1:
+        raise ValueError(f"max_tokens_per_pack must be at least 1, got {max_tokens_per_pack}")
+    trees = [group if isinstance(group, RolloutTree) else RolloutTree.from_group(group) for group in groups]
+    for i, tree in enumerate(trees):
+        rows = _num_rows(tree, repeated)
+        if max_tokens_per_pack is not None and rows > max_tokens_per_pack:
+            raise ValueError(
+                f"group {_name(groups[i], i)} needs {rows} rows, max_tokens_per_pack is {max_tokens_per_pack}; "
+                f"raise max_tokens_per_pack to at least {rows}, or give the group fewer or shorter responses"
+            )
+    return trees
+
+
+def balance_groups(groups: Sequence[RolloutGroup | RolloutTree], num_ranks: int) -> list[list[int]]:
+    """Indices of the groups of each data-parallel rank, balanced by attention area.
+
+    Longest first onto the least loaded. Every rank computes the same answer without communication.
+
+    Raises:
+        ValueError: fewer groups than ranks.
+    """
+    if len(groups) < num_ranks:
+        raise ValueError(
+            f"{len(groups)} groups cannot feed {num_ranks} data-parallel ranks; give every rank at least one"
+        )
+    areas = [tree.layout.area for tree in check_pack_limit(groups, None)]
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for i in sorted(range(len(groups)), key=lambda i: (-areas[i], i)):
+        # Ranks without a group go first, whatever the areas, so that none stays empty.
+        rank = min(range(num_ranks), key=lambda r: (bool(shares[r]), loads[r], r))
+        shares[rank].append(i)
+        loads[rank] += areas[i]
+    return [sorted(share) for share in shares]
+
+
+def _num_rows(tree: RolloutTree, repeated: bool) -> int:
+    """Rows that the tree takes in a pack."""
+    if not repeated:
+        return sum(len(node.tokens) for node in tree.nodes) - 1
+    return sum(sum(len(node.tokens) for node in _path(tree, r)) - 1 for r in range(len(tree.rewards)))
 
 
 def _name(group: RolloutGroup | RolloutTree, index: int) -> str:
@@ -213,7 +262,9 @@ class _PackRows:
         self.sampler_log_probs: list[float] = []
         self.pairs: list[tuple[int, int]] = []  # (rollout, row)
 
-    def add_segment(self, parent: int, tokens: Sequence[int], targets: Sequence[int], log_probs: Sequence[float]) -> int:
+    def add_segment(
+        self, parent: int, tokens: Sequence[int], targets: Sequence[int], log_probs: Sequence[float]
+    ) -> int:
         """Append a segment; returns its index."""
         self.lengths.append(len(tokens))
         self.parents.append(parent)
@@ -254,11 +305,17 @@ def _add_repeated(rows: _PackRows, tree: RolloutTree, first_rollout: int) -> Non
         path = _path(tree, rollout)
         tokens = [token for node in path for token in node.tokens]
         owned = [rollout in node.rollouts for node in path]
-        targets = [t for node, own in zip(path, owned, strict=True) for t in (_targets(node) if own else [NO_TARGET] * len(node.tokens))]
+        no_targets = [[NO_TARGET] * len(node.tokens) for node in path]
+        targets = [
+            t
+            for node, own, none in zip(path, owned, no_targets, strict=True)
+            for t in (_targets(node) if own else none)
+        ]
         log_probs = [x for node in path for x in _log_probs(node)]
         start = len(rows.tokens)
         rows.add_segment(-1, tokens[:-1], targets[1:], log_probs[1:])
-        firsts = accumulate((len(node.tokens) for node in path), initial=start - 1)  # row that predicts a node's first token
+        # The row that predicts each node's first token.
+        firsts = accumulate((len(node.tokens) for node in path), initial=start - 1)
         for node, own, first in zip(path, owned, firsts, strict=False):
             if own:
                 rows.pairs += [(first_rollout + rollout, first + i) for i in _trained(node)]
@@ -272,7 +329,3 @@ def _path(tree: RolloutTree, rollout: int) -> list[TreeNode]:
         path.append(tree.nodes[i])
         i = tree.nodes[i].parent
     return path[::-1]
-
-
-def _repeated_rows(tree: RolloutTree) -> int:
-    return sum(sum(len(node.tokens) for node in _path(tree, r)) - 1 for r in range(len(tree.rewards)))

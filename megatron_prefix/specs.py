@@ -1,9 +1,9 @@
 """Ready-made specs for Megatron-LM's ``--spec megatron_prefix.specs NAME``.
 
 Megatron-LM takes NAME from the module's attributes as it stands and hands it to `GPTModel`, so these are plain
-`ModuleSpec` objects, built when the module is imported. The attention implementation is "auto": chosen by the device and
-refused by name, at the first forward pass, where it cannot run. For anything else use
-`megatron_prefix.prefix_gpt_layer_spec` or `megatron_prefix.with_prefix_attention` on a spec of your own.
+`ModuleSpec` objects, built when the module is imported. The attention implementation is "auto": chosen by the device
+and refused by name, at the first forward pass, where it cannot run. For anything else use
+`megatron_prefix.prefix_gpt_layer_spec`, or `megatron_prefix.with_prefix_attention` on a spec of your own.
 
     NAME                      linear and norm modules            qk layernorm
     local                     megatron-core, LayerNorm           no

@@ -5,6 +5,7 @@ Built on the host once per micro-batch and uploaded once; forward and backward n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class Rows:
         for start, end in ranges:
             offsets.append(offsets[-1] + end - start)
         index = None
-        if any(previous[1] != following[0] for previous, following in zip(ranges, ranges[1:], strict=False)):
+        if any(previous[1] != following[0] for previous, following in itertools.pairwise(ranges)):
             index = _upload(torch.cat([torch.arange(start, end) for start, end in ranges]), device)
         return cls(
             ranges=tuple(ranges),

@@ -9,8 +9,8 @@ from torch import Tensor
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two key sets from the attentions over each.
 
-    With L = logaddexp(lse_a, lse_b): out = out_a * exp(lse_a - L) + out_b * exp(lse_b - L). Computed in the dtype of the
-    log-sum-exp (fp32, or fp64). A row that sees no key on either side (both -inf) stays -inf with an output of zero.
+    With L = logaddexp(lse_a, lse_b): out = out_a * exp(lse_a - L) + out_b * exp(lse_b - L). Computed in the dtype of
+    the log-sum-exp (fp32, or fp64). A row that sees no key on either side (both -inf) stays -inf, with zero output.
 
     Args:
         out_a, out_b: [T, H, D], any floating dtype.

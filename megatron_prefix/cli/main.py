@@ -24,6 +24,9 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "megatron_prefix.cli.train:train_command", "GRPO from a rollouts file, every prefix encoded once."
+    ),
     "verify": Command("megatron_prefix.cli.verify:verify_command", "Compare prefix groups with plain megatron-core."),
 }
 

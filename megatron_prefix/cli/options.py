@@ -13,11 +13,13 @@ import torch
 
 from megatron_prefix.attention import IMPLS
 from megatron_prefix.cli.console import start_distributed
+from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.checkpoint import CONFIG_FILE, load_checkpoint, load_config
 from megatron_prefix.mcore.cpu import run_on_cpu
 from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
 from megatron_prefix.mcore.model import RECOMPUTE, build_model, transformer_config
 from megatron_prefix.mcore.parallel import ParallelSizes, initialize
+from megatron_prefix.mcore.training import TrainSettings
 from megatron_prefix.model_config import ModelConfig
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,7 +45,9 @@ class ParallelFlags:
         """
         for name, value, what in (("pp", self.pp, "pipeline"), ("cp", self.cp, "context")):
             if value != 1:
-                raise ValueError(f"--{name} {value}: {what} parallelism is not supported with prefix groups; use --{name} 1")
+                raise ValueError(
+                    f"--{name} {value}: {what} parallelism is not supported with prefix groups; use --{name} 1"
+                )
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("--sequence-parallel needs --tp of 2 or more")
         if not torch.cuda.is_available():
@@ -56,13 +60,17 @@ class ParallelFlags:
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """--model, --dtype, --impl, --use-te and --recompute as given."""
+    """--model, --dtype, --impl, --use-te and --recompute; dtype "auto" becomes bf16 on a GPU and fp32 elsewhere."""
 
     model: Path | None
     dtype: str
     impl: str
     use_te: bool
     recompute: str
+
+    def __post_init__(self) -> None:
+        if self.dtype == "auto":
+            object.__setattr__(self, "dtype", "bf16" if torch.cuda.is_available() else "fp32")
 
     def config(self) -> ModelConfig:
         """The model's shape, from a checkpoint folder or a JSON file.
@@ -120,10 +128,55 @@ def model_options(command: Command) -> Command:
             type=click.Path(exists=True, path_type=Path),
             help=f"Checkpoint folder, or a {CONFIG_FILE} for random weights.",
         ),
-        click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", help="Of parameters and activations."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", *DTYPES]),
+            default="auto",
+            help="Of parameters and activations; auto is bf16 on a GPU, fp32 on the CPU.",
+        ),
         click.option("--impl", type=click.Choice(IMPLS), default="auto", help="Attention implementation."),
         click.option("--use-te", is_flag=True, help="Transformer Engine's linear and norm modules."),
         click.option("--recompute", type=click.Choice(RECOMPUTE), default="none", help="Activation recompute."),
+    )
+
+
+def loss_options(command: Command) -> Command:
+    """Add the loss; the command gets it as ``loss: LossConfig``."""
+    return _gather(
+        command,
+        "loss",
+        LossConfig,
+        click.option("--clip-low", type=float, default=0.2, help="Ratios are clipped below 1 minus this."),
+        click.option("--clip-high", type=float, default=0.2, help="Ratios are clipped above 1 plus this."),
+        click.option("--kl-coef", type=float, default=0.0, help="Weight of the KL to the policy at the start."),
+        click.option("--kl-estimator", type=click.Choice(["k1", "k2", "k3"]), default="k3", help="Of that KL."),
+        click.option(
+            "--aggregation",
+            type=click.Choice(["token", "sequence", "constant"]),
+            default="token",
+            help="Mean over tokens (DAPO), over sequences (GRPO), or a constant length (Dr. GRPO).",
+        ),
+        click.option("--constant-length", type=int, help="Tokens, for --aggregation constant."),
+        click.option("--ratio", type=click.Choice(["token", "sequence"]), default="token", help="sequence is GSPO."),
+        click.option("--importance-cap", type=float, help="Truncated importance weights against the sampler."),
+        click.option("--entropy-coef", type=float, default=0.0, help="Weight of the entropy bonus."),
+    )
+
+
+def train_options(command: Command) -> Command:
+    """Add the optimizer; the command gets it as ``settings: TrainSettings``."""
+    return _gather(
+        command,
+        "settings",
+        TrainSettings,
+        click.option("--lr", "learning_rate", type=float, default=1e-6, help="Learning rate."),
+        click.option("--weight-decay", type=float, default=0.0, help="Decoupled weight decay."),
+        click.option("--clip-grad", type=float, default=1.0, help="Largest gradient norm; 0 turns clipping off."),
+        click.option("--optimizer", type=click.Choice(["adam", "sgd"]), default="adam", help="Update rule."),
+        click.option("--distributed-optimizer", is_flag=True, help="Shard optimizer state over --dp."),
+        click.option("--overlap-grad-reduce", is_flag=True, help="Reduce gradients while backward runs."),
+        click.option("--temperature", type=float, default=1.0, help="Logits are divided by it, as in sampling."),
+        click.option("--chunk-rows", type=int, default=4096, help="Most rows whose logits exist at once."),
     )
 
 

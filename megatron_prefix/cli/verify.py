@@ -24,12 +24,12 @@ from megatron_prefix.mcore.equivalence import (
     differences,
     evaluate,
     make_inputs,
-    shard_groups,
 )
 from megatron_prefix.mcore.parallel import ParallelSizes, destroy
 from megatron_prefix.mcore.repeated import repeated_log_probs
 from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
 from megatron_prefix.model_config import ModelConfig
+from megatron_prefix.packing import check_pack_limit
 from megatron_prefix.rollouts import RolloutGroup, check_vocabulary, read_rollouts
 
 TINY_MODEL = ModelConfig(
@@ -50,7 +50,9 @@ SHOWN_PARAMETERS = 8
 @click.option("--tiny", is_flag=True, help="A small random model and random ragged groups: no files needed.")
 @click.option("--max-groups", type=click.IntRange(1), help="Use the first groups of the file only.")
 @click.option("--max-tokens-per-pack", type=click.IntRange(1), help="Most rows of one micro-batch.")
-@click.option("--steps", type=click.IntRange(0), default=0, help="Also compare parameters after so many optimizer steps.")
+@click.option(
+    "--steps", type=click.IntRange(0), default=0, help="Also compare parameters after so many optimizer steps."
+)
 @click.option("--tolerance", type=float, help="Largest relative difference; default 1e-10 (fp64), 1e-5 (fp32).")
 @click.option("--seed", type=int, default=0, help="Of random weights, groups and the made-up old policy.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
@@ -89,13 +91,13 @@ def verify_command(
     config = TINY_MODEL if tiny and flags.model is None else flags.config()
     groups = read_rollouts(rollouts)[:max_groups] if rollouts else tiny_groups(config.vocab_size, seed)
     check_vocabulary(groups, config.vocab_size)
+    check_pack_limit(groups, max_tokens_per_pack)
     sizes = parallel.start(seed)
-    mine = shard_groups(groups)
     started = time.perf_counter()
     run = _Run(config, flags, parallel.sequence_parallel, seed)
     with progress_bar("verify", 3 if flags.dtype == "bf16" else 2, unit="rows") as advance:
         grouped = run.trainer(flags.torch_dtype)
-        grouped_inputs, repeated_inputs = make_inputs(grouped, mine, max_tokens_per_pack, seed)
+        grouped_inputs, repeated_inputs = make_inputs(grouped, grouped.shard(groups), max_tokens_per_pack, seed)
         result = evaluate(grouped, grouped_inputs, steps)
         rows_grouped = _total(sum(batch.pack.layout.num_rows for batch in grouped_inputs))
         advance(units=rows_grouped, note="prefix groups")
@@ -167,7 +169,10 @@ class _Run:
     ) -> PolicyTrainer:
         """A trainer on the grouped path, or on plain megatron-core; ``weights`` overrides its parameters."""
         flags = ModelFlags(
-            **{**vars(self.flags), "dtype": {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]}
+            **{
+                **vars(self.flags),
+                "dtype": {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
+            }
         )
         model = flags.build(self.config, sequence_parallel=self.sequence_parallel, seed=self.seed, plain=plain)
         if weights is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -47,7 +46,9 @@ class PrefixCoreAttention(MegatronModule):
         if attention_type != "self":
             raise ValueError(f"prefix-grouped attention is self attention, got attention_type={attention_type!r}")
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
-            raise ValueError(f"prefix-grouped attention is causal, got attn_mask_type={attn_mask_type}; use AttnMaskType.causal")
+            raise ValueError(
+                f"prefix-grouped attention is causal, got attn_mask_type={attn_mask_type}; use AttnMaskType.causal"
+            )
         if impl not in IMPLS:
             raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
         self.layer_number = layer_number
@@ -74,7 +75,9 @@ class PrefixCoreAttention(MegatronModule):
         if attention_bias is not None:
             raise ValueError("prefix-grouped attention takes no attention_bias (ALiBi and the like are not supported)")
         if query.dim() != 4 or query.shape[1] != 1:
-            raise ValueError(f"a pack is one sequence of rows: expected query [T, 1, heads, head_dim], got {tuple(query.shape)}")
+            raise ValueError(
+                f"a pack is one sequence of rows: expected query [T, 1, heads, head_dim], got {tuple(query.shape)}"
+            )
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         check_tensors(q, k, v, packed.num_padded_rows)
         rows = packed.num_rows

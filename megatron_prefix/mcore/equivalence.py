@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.mcore.log_probs import unwrap
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput
-from megatron_prefix.packing import Pack, RolloutTree, pack_groups
+from megatron_prefix.packing import RolloutTree, pack_groups
 from megatron_prefix.rollouts import RolloutGroup
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -25,7 +24,7 @@ OLD_POLICY_NOISE = 0.1
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One path's results on a batch: log-probs in pair order, the loss of the global batch, gradients and parameters."""
+    """One path's results: log-probs in pair order, the loss of the global batch, gradients and parameters by name."""
 
     log_probs: Tensor
     loss: float
@@ -72,31 +71,20 @@ def make_inputs(
     """
     generator = torch.Generator().manual_seed(seed)
     grouped = []
-    rollouts: list[Tensor] = []
     for pack in pack_groups(groups, max_tokens_per_pack=max_tokens_per_pack):
         old = trainer.log_probs(pack)
         old += OLD_POLICY_NOISE * torch.randn(old.shape, generator=generator).to(old)
         grouped.append(StepInput(pack, old))
-        rollouts.append(old[pack.pairs.row])
-    # One repeated pack per group bounds the memory of the plain path; pairs keep their order (rollout, token).
-    repeated = [_with_old(pack, torch.empty(0)) for pack in _repeated_packs(groups)]
-    remaining = torch.cat(rollouts)
-    for i, batch in enumerate(repeated):
-        count = batch.pack.pairs.row.numel()
-        repeated[i] = _with_old(batch.pack, remaining[:count])
-        remaining = remaining[count:]
+    # Pairs are in one order (rollout, token) in both forms; one repeated pack per group bounds the plain path's memory.
+    pair_old = torch.cat([batch.old_log_probs[batch.pack.pairs.row] for batch in grouped])
+    repeated = []
+    for group in groups:
+        (pack,) = pack_groups([group], repeated=True)
+        old = torch.zeros(pack.response_rows.numel(), dtype=pair_old.dtype)
+        old[pack.pairs.row] = pair_old[: pack.pairs.row.numel()]
+        pair_old = pair_old[pack.pairs.row.numel() :]
+        repeated.append(StepInput(pack, old))
     return grouped, repeated
-
-
-def _repeated_packs(groups: Sequence[RolloutGroup | RolloutTree]) -> list[Pack]:
-    return [pack for group in groups for pack in pack_groups([group], repeated=True)]
-
-
-def _with_old(pack: Pack, pair_log_probs: Tensor) -> StepInput:
-    old = torch.zeros(pack.response_rows.numel(), dtype=pair_log_probs.dtype)
-    if pair_log_probs.numel():
-        old[pack.pairs.row] = pair_log_probs
-    return StepInput(pack, old)
 
 
 def evaluate(trainer: PolicyTrainer, inputs: Sequence[StepInput], steps: int = 0) -> Evaluation:
@@ -139,9 +127,13 @@ def _squares(result: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> S
     if result.keys() != reference.keys():
         raise ValueError(f"the two models have different parameters: {sorted(result.keys() ^ reference.keys())}")
     return {
-        name: ((value.double() - reference[name].double()).square().sum().item(), reference[name].double().square().sum().item())
+        name: (_square_sum(value.double() - reference[name].double()), _square_sum(reference[name].double()))
         for name, value in result.items()
     }
+
+
+def _square_sum(x: Tensor) -> float:
+    return x.square().sum().item()
 
 
 def _relative(ranks: Sequence[Squares]) -> dict[str, float]:
@@ -160,27 +152,3 @@ def copy_parameters(source: torch.nn.Module, target: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, param in unwrap(target).named_parameters():
             param.copy_(values[name])
-
-
-def shard_groups(
-    groups: Sequence[RolloutGroup | RolloutTree], dp_rank: int | None = None, dp_size: int | None = None
-) -> list[RolloutGroup | RolloutTree]:
-    """The groups of one data-parallel rank: balanced by attention area and rows, in their order.
-
-    Longest first onto the least loaded rank, the same on every rank without communication.
-
-    Raises:
-        ValueError: fewer groups than ranks.
-    """
-    rank = parallel_state.get_data_parallel_rank() if dp_rank is None else dp_rank
-    size = parallel_state.get_data_parallel_world_size() if dp_size is None else dp_size
-    if len(groups) < size:
-        raise ValueError(f"{len(groups)} groups cannot feed {size} data-parallel ranks; give at least one group per rank")
-    costs = [pack_groups([group])[0].layout for group in groups]
-    order = sorted(range(len(groups)), key=lambda i: (-costs[i].area, i))
-    loads = [0] * size
-    owner = [0] * len(groups)
-    for i in order:
-        owner[i] = min(range(size), key=lambda r: (loads[r], r))
-        loads[owner[i]] += costs[i].area
-    return [group for i, group in enumerate(groups) if owner[i] == rank]

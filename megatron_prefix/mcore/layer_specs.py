@@ -7,7 +7,10 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -77,7 +80,9 @@ def _replace_attention(node: Any, impl: str) -> int:
     if isinstance(node, ModuleSpec):
         if isinstance(node.module, type) and issubclass(node.module, SelfAttention):
             if not isinstance(node.submodules, SelfAttentionSubmodules):
-                raise ValueError(f"{node.module.__name__} without SelfAttentionSubmodules cannot be made prefix-grouped")
+                raise ValueError(
+                    f"{node.module.__name__} without SelfAttentionSubmodules cannot be made prefix-grouped"
+                )
             if node.module not in (SelfAttention, PrefixSelfAttention):
                 raise ValueError(
                     f"{node.module.__name__} changes SelfAttention in its own way; derive it from PrefixSelfAttention "

@@ -212,4 +212,3 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         if ctx.with_entropy:
             grad -= (torch.xlogy(probs, probs) + probs * entropy.unsqueeze(1)) * d_entropy.unsqueeze(1)
         return (grad / ctx.temperature).to(ctx.dtype), None, None, None, None
-

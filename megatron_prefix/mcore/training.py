@@ -1,12 +1,12 @@
-"""A policy under training: megatron-core's DDP, optimizer and schedules around grouped forward passes and the GRPO loss."""
+"""A policy under training: megatron-core's DDP, optimizer and schedules around grouped packs and the GRPO loss."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -19,7 +19,10 @@ from torch import Tensor
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.loss import BatchTotals, LossConfig, add_metrics, grpo_loss, summarize
 from megatron_prefix.mcore.log_probs import response_log_probs
-from megatron_prefix.packing import Pack
+from megatron_prefix.packing import Pack, RolloutTree, balance_groups
+from megatron_prefix.rollouts import RolloutGroup
+
+GroupType = TypeVar("GroupType", RolloutGroup, RolloutTree)
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,14 @@ class PolicyTrainer:
     """
 
     def __init__(
-        self, model: torch.nn.Module, settings: TrainSettings, loss: LossConfig, *, log_probs: Any = None
+        self, model: Any, settings: TrainSettings, loss: LossConfig, *, log_probs: Callable[..., Any] | None = None
     ) -> None:
         if model.config.params_dtype is torch.float64 and settings.clip_grad > 0:
             raise ValueError(
-                f"clip_grad={settings.clip_grad}: megatron-core clips fp32 gradients only; set it to 0 for an fp64 model"
+                f"clip_grad={settings.clip_grad}: megatron-core clips fp32 gradients only; set it to 0 for fp64"
             )
         self.settings, self.loss = settings, loss
-        self.log_probs_fn = log_probs or partial(
+        self.log_probs_fn: Callable[..., Any] = log_probs or partial(
             response_log_probs, temperature=settings.temperature, chunk_rows=settings.chunk_rows
         )
         self.dp_group = parallel_state.get_data_parallel_group()
@@ -161,6 +164,11 @@ class PolicyTrainer:
             forward_only=False,
         )
         return self._summarize(metrics)
+
+    def shard(self, groups: Sequence[GroupType]) -> list[GroupType]:
+        """This data-parallel rank's share of the global batch, see `balance_groups`."""
+        share = balance_groups(groups, self.dp_group.size())[self.dp_group.rank()]
+        return [groups[i] for i in share]
 
     def named_gradients(self) -> dict[str, Tensor]:
         """Gradients after `gradients`, by parameter name (not available with the distributed optimizer's shards)."""

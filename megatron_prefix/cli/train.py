@@ -1,0 +1,277 @@
+"""`megatron-prefix train`: GRPO from a rollouts file, every prefix encoded once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from megatron_prefix.attention import resolve_impl
+from megatron_prefix.cli.console import print_json, print_table, progress_bar, stderr_console
+from megatron_prefix.cli.options import (
+    ModelFlags,
+    ParallelFlags,
+    loss_options,
+    model_options,
+    parallel_options,
+    train_options,
+)
+from megatron_prefix.cli.plots import plot_comparison
+from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.loss import LossConfig
+from megatron_prefix.mcore.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, step_folder
+from megatron_prefix.mcore.compare import StepComparison, compare_step
+from megatron_prefix.mcore.equivalence import copy_parameters
+from megatron_prefix.mcore.parallel import destroy
+from megatron_prefix.mcore.repeated import repeated_log_probs
+from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
+from megatron_prefix.model_config import ModelConfig
+from megatron_prefix.packing import RolloutTree, balance_groups, check_pack_limit, pack_groups
+from megatron_prefix.rollouts import RolloutGroup, check_vocabulary, read_rollouts
+
+
+@click.command("train")
+@click.option(
+    "--rollouts", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="Rollouts JSONL."
+)
+@click.option(
+    "--steps", type=click.IntRange(0), default=10, help="Optimizer steps in all; a resumed run does the rest."
+)
+@click.option("--groups-per-step", type=click.IntRange(1), default=2, help="Prefix groups of the global batch.")
+@click.option("--max-tokens-per-pack", type=click.IntRange(1), help="Most rows of one micro-batch.")
+@click.option("--save", type=click.Path(file_okay=False, path_type=Path), help="Folder of the checkpoints.")
+@click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints; default: at the end only.")
+@click.option("--resume", is_flag=True, help="Go on from the latest checkpoint in --save, where there is one.")
+@click.option("--metrics", type=click.Path(dir_okay=False, path_type=Path), help="Append one JSON line per step.")
+@click.option("--compare", type=click.IntRange(0), default=0, help="Afterwards, run so many groups both ways.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="PNG of the comparison.")
+@click.option("--seed", type=int, default=0, help="Of the order of the groups and of random weights.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@loss_options
+@train_options
+@model_options
+@parallel_options
+def train_command(
+    rollouts: Path,
+    steps: int,
+    groups_per_step: int,
+    max_tokens_per_pack: int | None,
+    save: Path | None,
+    save_every: int | None,
+    resume: bool,
+    metrics: Path | None,
+    compare: int,
+    plot: Path | None,
+    seed: int,
+    as_json: bool,
+    loss: LossConfig,
+    settings: TrainSettings,
+    flags: ModelFlags,
+    parallel: ParallelFlags,
+) -> None:
+    """Train a model with GRPO on a file of rollouts, each prompt encoded once for all its responses.
+
+    The old log-probs (and the reference policy's, with --kl-coef) are those of the model at the start, through the same
+    grouped path. The loss is the mean over the global batch, however it is cut into packs and over ranks.
+
+    \b
+    megatron-prefix train --model smollm2 --rollouts rollouts.jsonl --steps 8 --save out
+    torchrun --nproc-per-node 4 -m megatron_prefix train --tp 2 --model smollm2 --rollouts rollouts.jsonl
+    """
+    if (resume or save_every) and save is None:
+        raise ValueError("--resume and --save-every need --save, the folder of the checkpoints")
+    if plot and not compare:
+        raise ValueError("--plot draws the comparison: add --compare 1")
+    config = flags.config()
+    groups = read_rollouts(rollouts)
+    check_vocabulary(groups, config.vocab_size)
+    _check_positions(groups, config)
+    check_pack_limit(groups, max_tokens_per_pack)
+    start = latest_checkpoint(save) if save else None
+    if start and not resume:
+        raise ValueError(f"--save {save} already holds {start.name}; add --resume to go on, or name another folder")
+    sizes = parallel.start(seed)
+    if min(groups_per_step, len(groups)) < (sizes.dp or 1):
+        raise ValueError(
+            f"{min(groups_per_step, len(groups))} groups per step cannot feed {sizes.dp} data-parallel ranks; raise "
+            "--groups-per-step"
+        )
+    model = flags.build(config, sequence_parallel=parallel.sequence_parallel, seed=seed)
+    trainer = PolicyTrainer(model, settings, loss)
+    first = _state_step(start)
+    batches = [_batch(len(groups), groups_per_step, step, seed) for step in range(first, steps)]
+    run = _Run(trainer, groups, max_tokens_per_pack, with_reference=loss.kl_coef > 0)
+    run.measure_old_log_probs(sorted({i for batch in batches for i in batch}))
+    if start:
+        load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
+    console = stderr_console()
+    console.print(_banner(config, flags, sizes, len(groups), first, steps))
+    result: dict[str, Any] = {"steps": steps, "resumed_from": first}
+    with progress_bar("train", max(steps - first, 0), unit="tokens") as advance:
+        for step, batch in enumerate(batches, start=first + 1):
+            measured = run.step(batch)
+            advance(units=int(measured["tokens"]), note=f"loss {measured['loss']:+.4f} reward {measured['reward']:.3f}")
+            _append(metrics, {"step": step} | measured)
+            result |= measured
+            if save and (step == steps or (save_every and step % save_every == 0)):
+                save_checkpoint(
+                    step_folder(save, step),
+                    trainer.model,
+                    config,
+                    optimizer=trainer.optimizer,
+                    state={"step": step, "seed": seed},
+                    tokenizer_from=flags.model if flags.model and flags.model.is_dir() else None,
+                )
+    if not batches:
+        console.print(f"nothing to do: {start} is at step {first} of {steps}; raise --steps to train on")
+    if save:
+        console.print(f"checkpoint: {latest_checkpoint(save)}")
+    if compare:
+        comparison = _compare(
+            trainer, config, flags, parallel, groups[: max(compare, sizes.dp or 1)], max_tokens_per_pack
+        )
+        result |= show_comparison(comparison)
+        if plot and torch.distributed.get_rank() == 0:
+            plot_comparison(comparison, plot)
+            console.print(f"plot: {plot}")
+    if as_json:
+        print_json(result)
+    destroy()
+
+
+class _Run:
+    """The global batches of a run: this rank's share of each, and the log-probs that its loss is measured against."""
+
+    def __init__(
+        self, trainer: PolicyTrainer, groups: Sequence[RolloutGroup], max_tokens: int | None, *, with_reference: bool
+    ) -> None:
+        self.trainer, self.groups, self.max_tokens = trainer, groups, max_tokens
+        self.with_reference = with_reference
+        self.old: dict[int, torch.Tensor] = {}
+        self.dp_group = trainer.dp_group
+
+    def measure_old_log_probs(self, wanted: Sequence[int]) -> None:
+        """Log-probs under the policy as it is, each group on one data-parallel rank, known to all afterwards."""
+        mine = wanted[self.dp_group.rank() :: self.dp_group.size()]
+        found = {}
+        with progress_bar("old log-probs", len(mine), unit="tokens") as advance:
+            for i in mine:
+                (pack,) = pack_groups([self.groups[i]])
+                found[i] = self.trainer.log_probs(pack)
+                advance(units=pack.layout.num_rows)
+        for part in all_gather_object(found, self.dp_group):
+            self.old |= part
+
+    def step(self, batch: Sequence[int]) -> dict[str, float]:
+        """One optimizer step on the groups of ``batch``; metrics of the global batch."""
+        share = balance_groups([self.groups[i] for i in batch], self.dp_group.size())[self.dp_group.rank()]
+        mine = [batch[n] for n in share]
+        old = torch.cat([self.old[i] for i in mine])
+        inputs = []
+        for pack in pack_groups([self.groups[i] for i in mine], max_tokens_per_pack=self.max_tokens):
+            count = pack.response_rows.numel()
+            inputs.append(StepInput(pack, old[:count], old[:count] if self.with_reference else None))
+            old = old[count:]
+        metrics = self.trainer.step(inputs)
+        rewards = [reward for i in batch for reward in self.groups[i].rewards]
+        layouts = [RolloutTree.from_group(self.groups[i]).layout for i in batch]
+        return metrics | {
+            "reward": sum(rewards) / len(rewards),
+            "tokens": sum(layout.num_rows for layout in layouts),
+            "tokens_repeated": sum(layout.repeated().num_rows for layout in layouts),
+        }
+
+
+def _batch(num_groups: int, groups_per_step: int, step: int, seed: int) -> list[int]:
+    """Groups of a step: each epoch is a new seeded order, and a step may run over its end."""
+    size = min(groups_per_step, num_groups)
+    picked = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, offset = divmod(position, num_groups)
+        order = list(range(num_groups))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        picked.append(order[offset])
+    return sorted(set(picked))
+
+
+def _check_positions(groups: Sequence[RolloutGroup], config: ModelConfig) -> None:
+    for i, group in enumerate(groups):
+        longest = len(group.prompt) + max(map(len, group.responses))
+        if longest > config.max_position_embeddings:
+            raise ValueError(
+                f"group {i} ({group.group_id!r}) has a sequence of {longest} tokens, the model takes "
+                f"{config.max_position_embeddings}; shorten or drop it"
+            )
+
+
+def _state_step(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step_"))
+
+
+def _append(path: Path | None, record: dict[str, Any]) -> None:
+    if path is not None and torch.distributed.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _banner(config: ModelConfig, flags: ModelFlags, sizes: Any, groups: int, first: int, steps: int) -> str:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return (
+        f"{flags.model}: {config.num_layers} layers, hidden {config.hidden_size}, {flags.dtype} on {device}, "
+        f"impl {resolve_impl(flags.impl, device)}, tp {sizes.tp}, dp {sizes.dp}; "
+        f"{groups} groups, steps {first} to {steps}"
+    )
+
+
+def _compare(
+    trainer: PolicyTrainer,
+    config: ModelConfig,
+    flags: ModelFlags,
+    parallel: ParallelFlags,
+    groups: Sequence[RolloutGroup],
+    max_tokens_per_pack: int | None,
+) -> StepComparison:
+    fresh = dataclasses.replace(flags, model=None)  # its weights are copied below
+    plain_model = fresh.build(config, sequence_parallel=parallel.sequence_parallel, seed=0, plain=True)
+    copy_parameters(trainer.model, plain_model)
+    plain = PolicyTrainer(plain_model, trainer.settings, trainer.loss, log_probs=repeated_log_probs)
+    with progress_bar("repeated vs grouped", 5, unit="tokens") as advance:
+        return compare_step(trainer, plain, trainer.shard(groups), max_tokens_per_pack, advance)
+
+
+def show_comparison(comparison: StepComparison) -> dict[str, Any]:
+    """Print the table "repeated prefixes vs grouped"; returns its numbers."""
+    old, new, found = comparison.repeated, comparison.grouped, comparison.found
+    rows = [
+        ("tokens executed", f"{old.rows:,}", f"{new.rows:,}", f"{old.rows / new.rows:.2f}x"),
+        ("attention area (pairs)", f"{old.area:,}", f"{new.area:,}", f"{old.area / new.area:.2f}x"),
+        ("step time (s)", f"{old.seconds:.2f}", f"{new.seconds:.2f}", f"{old.seconds / new.seconds:.2f}x"),
+        (
+            "peak memory (MiB)",
+            f"{old.peak_bytes / 2**20:,.0f}",
+            f"{new.peak_bytes / 2**20:,.0f}",
+            f"{old.peak_bytes / max(new.peak_bytes, 1):.2f}x",
+        ),
+        ("max |difference| of log-probs", "", f"{found.max_log_prob_diff:.1e}", ""),
+        ("relative gradient difference (worst)", "", f"{found.max_grad_rel_diff:.1e}", ""),
+    ]
+    print_table("repeated prefixes vs grouped", ("one GRPO step", "repeated", "grouped", "ratio"), rows)
+    return {
+        "rows_repeated": old.rows,
+        "rows_grouped": new.rows,
+        "area_repeated": old.area,
+        "area_grouped": new.area,
+        "seconds_repeated": old.seconds,
+        "seconds_grouped": new.seconds,
+        "peak_bytes_repeated": old.peak_bytes,
+        "peak_bytes_grouped": new.peak_bytes,
+        "max_log_prob_diff": found.max_log_prob_diff,
+        "max_grad_rel_diff": found.max_grad_rel_diff,
+    }
