@@ -33,7 +33,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -70,11 +70,20 @@ def read_rollouts(path: str | os.PathLike[str]) -> list[RolloutGroup]:
     return [group.close() for group in groups.values()]
 
 
-def write_rollouts(path: str | os.PathLike[str], groups: Iterable[RolloutGroup]) -> None:
+def write_rollouts(
+    path: str | os.PathLike[str],
+    groups: Iterable[RolloutGroup],
+    notes: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
     """Writes group lines. The file appears whole or not at all: it is written beside ``path`` and moved into place.
 
+    Args:
+        path: of the file.
+        groups: what to write.
+        notes: further keys of each group's line (texts, task name, ...), for people and other programs.
+
     Raises:
-        ValueError: no groups, or two groups with one id (such a file could not be read back).
+        ValueError: no groups, two groups with one id (such a file could not be read back), or notes that do not fit.
         OSError: the folder does not exist or cannot be written.
     """
     target = Path(path)
@@ -85,10 +94,19 @@ def write_rollouts(path: str | os.PathLike[str], groups: Iterable[RolloutGroup])
     if len(set(ids)) != len(ids):
         twice = next(name for i, name in enumerate(ids) if name in ids[:i])
         raise ValueError(f"{target}: two groups have the id {twice!r}; give each its own, or merge them")
+    if notes is None:
+        notes = [{}] * len(groups)
+    if len(notes) != len(groups):
+        raise ValueError(f"{target}: {len(notes)} notes for {len(groups)} groups; give one per group")
+    lines = [_group_line(group) for group in groups]
+    for line, note in zip(lines, notes, strict=True):
+        if taken := sorted(set(line) & set(note)):
+            raise ValueError(f"{target}: a note uses the key {taken[0]!r} of the group itself; give it another name")
+        line.update(note)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(_group_line(group), allow_nan=False) + "\n" for group in groups)
+            out.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
             out.flush()
             os.fsync(out.fileno())
         os.replace(beside, target)
