@@ -1,0 +1,1 @@
+"""Making rollouts: prefix-grouped decoding, and tasks that score what was sampled."""
