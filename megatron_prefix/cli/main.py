@@ -24,6 +24,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "rollout": Command("megatron_prefix.cli.rollout:rollout_command", "Sample responses to prompts and score them."),
     "train": Command(
         "megatron_prefix.cli.train:train_command", "GRPO from a rollouts file, every prefix encoded once."
     ),
