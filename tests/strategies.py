@@ -35,10 +35,11 @@ def _tokens(vocab_size: int, max_length: int) -> st.SearchStrategy[list[int]]:
 
 
 @st.composite
-def _masks(draw: Draw, length: int) -> list[bool]:
-    """At least one trained token."""
+def _masks(draw: Draw, length: int, trained: bool = True) -> list[bool]:
+    """With at least one trained token, or not."""
     mask = draw(st.lists(st.booleans(), min_size=length, max_size=length))
-    mask[draw(st.integers(0, length - 1))] = True
+    if trained:
+        mask[draw(st.integers(0, length - 1))] = True
     return mask
 
 
@@ -76,7 +77,7 @@ def rollout_trees(draw: Draw, vocab_size: int = 50, max_length: int = 4, max_nod
     for i, parent in enumerate(parents):
         tokens = draw(_tokens(vocab_size, max_length))
         owners = sorted(through[i]) if i in leaves else draw(st.lists(st.sampled_from(sorted(through[i])), unique=True))
-        mask = draw(_masks(len(tokens)) if i in leaves else st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+        mask = draw(_masks(len(tokens), trained=i in leaves))
         nodes.append(
             TreeNode(
                 tokens=tokens,

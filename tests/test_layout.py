@@ -1,6 +1,7 @@
 """PrefixLayout: refusals that name the segment, and every derived number against a brute-force mask."""
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given
@@ -63,7 +64,7 @@ def test_area_and_calls_are_the_mask(layout: PrefixLayout) -> None:
     """The causal segments and the ancestor ranges cover every pair of the mask exactly once, and nothing else."""
     mask = brute_force_mask(layout)
     times = [[0] * layout.num_rows for _ in range(layout.num_rows)]
-    for start, end in zip(layout.starts, layout.starts[1:], strict=False):
+    for start, end in itertools.pairwise(layout.starts):
         for r in range(start, end):
             for c in range(start, r + 1):
                 times[r][c] += 1
@@ -74,7 +75,7 @@ def test_area_and_calls_are_the_mask(layout: PrefixLayout) -> None:
             for r in range(q_start, q_end):
                 for c in range(k_start, k_end):
                     times[r][c] += 1
-        for before, after in zip(level, level[1:], strict=False):
+        for before, after in itertools.pairwise(level):
             assert before.q_end <= after.q_start and before.k_end <= after.k_start
     assert times == [[int(seen) for seen in row] for row in mask]
     assert layout.area == sum(map(sum, mask))
@@ -99,7 +100,8 @@ def test_starts_levels_subtrees_and_branches(layout: PrefixLayout) -> None:
     assert list(layout.levels) == [len(path(s)) - 1 for s in segments]
     subtree = [[t for t in segments if s in path(t)] for s in segments]
     assert all(members == list(range(members[0], members[-1] + 1)) for members in subtree)
-    assert list(layout.subtree_ends) == [layout.starts[s] + sum(layout.lengths[t] for t in subtree[s]) for s in segments]
+    rows = [sum(layout.lengths[t] for t in members) for members in subtree]
+    assert list(layout.subtree_ends) == [layout.starts[s] + rows[s] for s in segments]
     assert list(layout.leaves) == [s for s in segments if len(subtree[s]) == 1]
 
 
