@@ -45,7 +45,7 @@ class Rows:
         return cls(
             ranges=tuple(ranges),
             cu_seqlens=_upload(torch.tensor(offsets, dtype=torch.int32), device),
-            max_seqlen=max(end - start for start, end in ranges),
+            max_seqlen=max((end - start for start, end in ranges), default=0),
             index=index,
         )
 

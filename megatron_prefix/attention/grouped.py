@@ -9,6 +9,7 @@ Sources: Prefix Grouper (arXiv 2506.05433) for the split, FlashAttention for the
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def prefix_grouped_attention(
         k: [T, Hkv, D]; Hkv divides Hq (grouped-query heads are not expanded).
         v: [T, Hkv, Dv]; Dv may differ from D.
         layout: the segments of the pack.
-        softmax_scale: factor of the scores, 1 / sqrt(D) when None.
+        softmax_scale: factor of the scores, above 0; 1 / sqrt(D) when None.
         impl: "reference" (dense, any device), "sdpa" (CPU), "flash" (CUDA), or "auto" (by device).
 
     Returns:
@@ -49,7 +50,7 @@ def prefix_grouped_attention(
         ValueError: an unknown impl, shapes or dtypes that do not fit, or tensors that the impl cannot take.
     """
     check_tensors(q, k, v, layout.num_rows)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = resolve_scale(softmax_scale, q.shape[-1])
     name = resolve_impl(impl, q.device)
     if name == "reference":
         return reference_attention(q, k, v, layout, scale)
@@ -68,14 +69,32 @@ def grouped_attention(
     if refusal:
         raise ValueError(refusal)
     if q.shape[0] == 0:
-        return q.new_zeros(0, q.shape[1], v.shape[2])
+        return q.new_zeros(0, q.shape[1], v.shape[2]) + (q.sum() + k.sum() + v.sum())  # no rows, yet part of the graph
     width, width_v = q.shape[-1], v.shape[-1]
     if width != width_v and not kernel.mixed_head_dims:
         # Zero columns change no score and no output column that is kept.
         wide = max(width, width_v)
         q, k, v = pad(q, (0, wide - width)), pad(k, (0, wide - width)), pad(v, (0, wide - width_v))
+    q, k, v = (_dense_heads(x) for x in (q, k, v))
     out = _GroupedAttention.apply(q, k, v, calls, softmax_scale, kernel)
     return out[..., :width_v]
+
+
+def resolve_scale(softmax_scale: float | None, head_dim: int) -> float:
+    """The factor of the scores: the given one, or 1 / sqrt(head_dim).
+
+    Raises:
+        ValueError: a factor that is not above 0: kernels mask scores before they scale them.
+    """
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"softmax_scale must be a finite number above 0, got {softmax_scale}")
+    return scale
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    """``x`` with the entries of a head next to each other, as kernels read them; other strides are free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, num_rows: int) -> None:
@@ -116,6 +135,7 @@ class _GroupedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
+        dout = _dense_heads(dout)
         # fp32 sums: a prefix key collects one part from its own segment and one from its subtree.
         total = torch.promote_types(q.dtype, torch.float32)
         grads = tuple(torch.zeros_like(x, dtype=total) for x in (q, k, v))

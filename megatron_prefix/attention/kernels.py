@@ -19,7 +19,8 @@ from megatron_prefix.attention.sdpa import SdpaKernel
 class Kernel(Protocol):
     """A varlen attention kernel with log-sum-exp in and out.
 
-    Shapes: T rows, Hq and Hkv heads (Hkv divides Hq, keys are never expanded), D head dim.
+    Shapes: T rows, Hq and Hkv heads (Hkv divides Hq, keys are never expanded), D head dim. The last dimension of q, k,
+    v and dout has stride 1, the others any.
     """
 
     mixed_head_dims: bool

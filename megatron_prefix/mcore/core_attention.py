@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_prefix.attention import IMPLS, resolve_impl
-from megatron_prefix.attention.grouped import check_tensors
+from megatron_prefix.attention.grouped import check_tensors, resolve_scale
 from megatron_prefix.mcore.packed import PrefixPackedSeqParams
 from megatron_prefix.mcore.support import refuse_unsupported
 
@@ -81,7 +81,7 @@ class PrefixCoreAttention(MegatronModule):
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         check_tensors(q, k, v, packed.num_padded_rows)
         rows = packed.num_rows
-        scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        scale = resolve_scale(self.softmax_scale, q.shape[-1])
         out = packed.attend(
             self.layer_number, q[:rows], k[:rows], v[:rows], softmax_scale=scale, impl=resolve_impl(self.impl, q.device)
         )
