@@ -29,10 +29,9 @@ def plot_comparison(comparison: StepComparison, path: Path) -> None:
         axes.set_yticks([])
         axes.spines[["top", "right", "left"]].set_visible(False)
     found = comparison.found
-    figure.suptitle(
-        f"One GRPO step, prefixes repeated vs grouped: log-probs differ by at most {found.max_log_prob_diff:.0e}, "
-        f"gradients by {found.max_grad_rel_diff:.0e} (relative)",
-        fontsize=11,
-    )
+    equal = f"log-probs differ by at most {found.max_log_prob_diff:.0e}"
+    if found.gradients:
+        equal += f", gradients by {found.max_grad_rel_diff:.0e} (relative)"
+    figure.suptitle(f"One GRPO step, prefixes repeated vs grouped: {equal}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

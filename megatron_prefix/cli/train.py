@@ -260,7 +260,12 @@ def show_comparison(comparison: StepComparison) -> dict[str, Any]:
             f"{old.peak_bytes / max(new.peak_bytes, 1):.2f}x",
         ),
         ("max |difference| of log-probs", "", f"{found.max_log_prob_diff:.1e}", ""),
-        ("relative gradient difference (worst)", "", f"{found.max_grad_rel_diff:.1e}", ""),
+        (
+            "relative gradient difference (worst)",
+            "",
+            f"{found.max_grad_rel_diff:.1e}" if found.gradients else "sharded: see verify",
+            "",
+        ),
     ]
     print_table("repeated prefixes vs grouped", ("one GRPO step", "repeated", "grouped", "ratio"), rows)
     return {

@@ -57,7 +57,7 @@ def compare_step(
     """
     grouped, oracle = make_inputs(trainer, groups, max_tokens_per_pack)
     repeated = [
-        StepInput(pack, batch.old_log_probs)
+        StepInput(pack, batch.old_log_probs, batch.ref_log_probs)
         for group, batch in zip(groups, oracle, strict=True)
         for pack in pack_groups([group], repeated=True)
     ]

@@ -40,7 +40,8 @@ class Differences:
         max_log_prob_diff: largest absolute difference, in nats.
         max_log_prob_rel_diff: the same over the largest absolute log-prob (at least 1).
         loss_rel_diff: relative to the larger of the loss and 1e-3.
-        gradients: per parameter, the norm of the difference over the norm of the reference.
+        gradients: per parameter, the norm of the difference over the norm of the reference; empty with the distributed
+            optimizer, which leaves each rank a shard of the sums.
         parameters: the same of the parameters after optimizer steps; empty without steps.
     """
 
@@ -52,8 +53,8 @@ class Differences:
 
     @property
     def max_grad_rel_diff(self) -> float:
-        """The worst parameter's gradient."""
-        return max(self.gradients.values())
+        """The worst parameter's gradient; NaN where gradients are sharded."""
+        return max(self.gradients.values(), default=math.nan)
 
     @property
     def worst(self) -> float:
@@ -67,14 +68,14 @@ def make_inputs(
 ) -> tuple[list[StepInput], list[StepInput]]:
     """This rank's micro-batches of both paths, grouped and repeated, with the same old log-probs.
 
-    The old log-probs are the policy's own, from ``trainer`` (grouped), with seeded noise.
+    The old log-probs, which also stand for the reference policy's, are those of ``trainer`` with seeded noise.
     """
     generator = torch.Generator().manual_seed(seed)
     grouped = []
     for pack in pack_groups(groups, max_tokens_per_pack=max_tokens_per_pack):
         old = trainer.log_probs(pack)
         old += OLD_POLICY_NOISE * torch.randn(old.shape, generator=generator).to(old)
-        grouped.append(StepInput(pack, old))
+        grouped.append(StepInput(pack, old, ref_log_probs=old))
     # Pairs are in one order (rollout, token) in both forms; one repeated pack per group bounds the plain path's memory.
     pair_old = torch.cat([batch.old_log_probs[batch.pack.pairs.row] for batch in grouped])
     repeated = []
@@ -83,7 +84,7 @@ def make_inputs(
         old = torch.zeros(pack.response_rows.numel(), dtype=pair_old.dtype)
         old[pack.pairs.row] = pair_old[: pack.pairs.row.numel()]
         pair_old = pair_old[pack.pairs.row.numel() :]
-        repeated.append(StepInput(pack, old))
+        repeated.append(StepInput(pack, old, ref_log_probs=old))
     return grouped, repeated
 
 

@@ -6,7 +6,8 @@ capture it), but not between pipeline stages: every stage builds it from its own
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -68,7 +69,9 @@ class PrefixPackedSeqParams(PackedSeqParams):
     def as_sbhd(self) -> Self:
         """The same, marked "sbhd": inside an attention layer each row then takes its own rotary frequency (the thd path
         of megatron-core restarts positions at every segment)."""
-        return replace(self, qkv_format="sbhd")
+        same = copy.copy(self)
+        same.qkv_format = "sbhd"
+        return same
 
     def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, impl: str) -> Tensor:
         """The attention of one layer: q [T, Hq, D], k and v [T, Hkv, D] without padding -> [T, Hq, D].
