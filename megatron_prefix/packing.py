@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_prefix.layout import PrefixLayout
 from megatron_prefix.loss import BatchTotals, RolloutPairs, group_advantages
-from megatron_prefix.rollouts import RolloutGroup
+from megatron_prefix.rollout_group import RolloutGroup, token_ids
 
 NO_TARGET = -100
 """Target of a row that predicts nothing (torch's ignore index)."""
@@ -58,8 +58,9 @@ class RolloutTree:
             )
         owned: set[int] = set()
         for i, node in enumerate(self.nodes):
-            if not node.tokens:
-                raise ValueError(f"node {i} has no tokens; leave it out")
+            token_ids(f"node {i}", node.tokens)
+            if len(set(node.rollouts)) != len(node.rollouts):
+                raise ValueError(f"node {i}: rollouts {node.rollouts} names a rollout twice")
             if any(not 0 <= rollout < len(self.rewards) for rollout in node.rollouts):
                 raise ValueError(
                     f"node {i}: rollouts {node.rollouts} must be below {len(self.rewards)}, the number of rewards"
@@ -73,6 +74,23 @@ class RolloutTree:
         if len(owned) != len(self.rewards):
             missing = sorted(set(range(len(self.rewards))) - owned)
             raise ValueError(f"rollouts {missing} own no trained token; leave them out")
+        self._check_paths()
+
+    def _check_paths(self) -> None:
+        """Depth-first order, and every rollout is one path down the tree."""
+        try:
+            layout = PrefixLayout([1] * len(self.nodes), [node.parent for node in self.nodes])
+        except ValueError as error:
+            raise ValueError(f"rollout tree: {str(error).replace('segment', 'node')}") from error
+        deepest: dict[int, int] = {}
+        for i, node in enumerate(self.nodes):
+            for rollout in node.rollouts:
+                if deepest.get(rollout, 0) not in layout.branch(i):
+                    raise ValueError(
+                        f"rollout {rollout} owns nodes {deepest[rollout]} and {i}, which are on different branches; "
+                        "a rollout is one path from the root"
+                    )
+                deepest[rollout] = i
 
     @classmethod
     def from_group(cls, group: RolloutGroup) -> RolloutTree:

@@ -46,9 +46,9 @@ class RolloutGroup:
         if group_id is not None and not isinstance(group_id, str):
             raise ValueError(f"group_id must be a string or None, got {reprlib.repr(group_id)}; write it as a string")
         group = _name(group_id)
-        ids = _token_ids(f"{group}, prompt", prompt)
+        ids = token_ids(f"{group}, prompt", prompt)
         rows = [
-            _token_ids(f"{group}, response {i}", tokens)
+            token_ids(f"{group}, response {i}", tokens)
             for i, tokens in enumerate(_sequence(f"{group}, responses", responses))
         ]
         if not rows:
@@ -106,9 +106,9 @@ class RolloutGroup:
             )
         if not copies:
             raise ValueError(f"{group} has no responses; drop the group or sample at least one response")
-        first = _token_ids(f"{group}, prompt of sample 0", copies[0])
+        first = token_ids(f"{group}, prompt of sample 0", copies[0])
         for i, prompt in enumerate(copies):
-            same = _token_ids(f"{group}, prompt of sample {i}", prompt)
+            same = token_ids(f"{group}, prompt of sample {i}", prompt)
             check_same_prompt(group_id, first, same, places=("sample 0", f"sample {i}"))
         return cls(first, responses, rewards, group_id, log_probs, loss_masks)
 
@@ -163,7 +163,12 @@ def _sequence(where: str, value: Any) -> Sequence[Any]:
     return value
 
 
-def _token_ids(where: str, value: Any) -> tuple[int, ...]:
+def token_ids(where: str, value: Any) -> tuple[int, ...]:
+    """``value`` as a tuple of token ids, at least one.
+
+    Raises:
+        ValueError: it is not; the message starts with ``where`` and names position and value.
+    """
     ids = tuple(_sequence(where, value))
     if not ids:
         raise ValueError(f"{where} is empty; it needs at least one token")
