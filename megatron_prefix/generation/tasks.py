@@ -85,6 +85,8 @@ class TaskSource:
             raise ValueError(
                 f'task {name!r}: options must be a JSON object such as {{"min_terms": 2}}, got {options!r}'
             )
+        if "size" in settings:
+            raise ValueError(f"task {name!r}: the number of prompts is COUNT in NAME:COUNT, not the option 'size'")
         return cls(name, int(count or "1"), settings)
 
 
