@@ -65,16 +65,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         tempfile.TemporaryDirectory(prefix="run_distributed_") as folder,
         _started(world_size, payload, folder) as ranks,
     ):
-        start_deadline = time.monotonic() + START_LIMIT_S
-        _collect(ranks, start_deadline, until=lambda rank: rank.ready or rank.ended)
-        if any(not rank.ready and not rank.ended for rank in ranks):
-            raise AssertionError(_timeout_text(ranks, f"did not start within {START_LIMIT_S:.0f} s", folder))
-        _collect(ranks, time.monotonic() + timeout_s, until=lambda rank: rank.ended)
-        if any(rank.failed for rank in ranks):
-            _drain(ranks, LAST_WORDS_S)
-            raise AssertionError(_failure_text(ranks))
-        if any(not rank.ended for rank in ranks):
-            raise AssertionError(_timeout_text(ranks, f"still running after {timeout_s:g} s", folder))
+        _collect(ranks, START_LIMIT_S, "did not start", until=lambda rank: rank.ready or rank.ended, folder=folder)
+        _collect(ranks, timeout_s, "still running", until=lambda rank: rank.ended, folder=folder)
         return [pickle.loads(rank.result) for rank in ranks]
 
 
@@ -151,13 +143,17 @@ def _installed(name: str) -> bool:
     return importlib.util.find_spec(name.partition(".")[0]) is not None
 
 
-def _collect(ranks: list[_Rank], deadline: float, until: Callable[[_Rank], bool]) -> None:
-    """Read reports until `until` holds for every rank, one fails, or the deadline passes."""
+def _collect(ranks: list[_Rank], limit_s: float, what: str, *, until: Callable[[_Rank], bool], folder: str) -> None:
+    """Read reports until `until` holds for every rank; AssertionError when one fails, or at the time limit."""
+    deadline = time.monotonic() + limit_s
     while not all(until(rank) for rank in ranks) and not any(rank.failed for rank in ranks):
         left = deadline - time.monotonic()
         if left <= 0:
-            return
+            raise AssertionError(_timeout_text(ranks, f"{what} after {limit_s:g} s", folder))
         _read_waiting(ranks, left)
+    if any(rank.failed for rank in ranks):
+        _drain(ranks, LAST_WORDS_S)
+        raise AssertionError(_failure_text(ranks))
 
 
 def _drain(ranks: list[_Rank], seconds: float) -> None:
@@ -183,7 +179,7 @@ def _failure_text(ranks: list[_Rank]) -> str:
 def _timeout_text(ranks: list[_Rank], what: str, folder: str) -> str:
     running = [rank for rank in ranks if not rank.ended]
     for rank in running:
-        if rank.ready and rank.process.pid is not None and rank.process.exitcode is None:
+        if rank.process.pid is not None and rank.process.exitcode is None:
             os.kill(rank.process.pid, signal.SIGUSR1)
     time.sleep(LAST_WORDS_S)
     lines = [f"ranks {[rank.rank for rank in running]} of {len(ranks)} {what}"]

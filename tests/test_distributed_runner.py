@@ -135,6 +135,16 @@ def test_sys_exit_is_a_failure_whatever_its_code(tmp_path: Path) -> None:
     assert _gone(_pids(tmp_path))
 
 
+class _NotLoadable:
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return int, ("not a number",)
+
+
+def test_an_argument_that_does_not_load_is_a_failure_not_a_time_limit() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank \d of 3 failed:.*in _call.*ValueError: invalid literal"):
+        run_distributed(_sum_over_ranks, 3, _NotLoadable())
+
+
 def test_what_a_rank_started_ends_with_it() -> None:
     assert _gone(run_distributed(_leaves_a_child, 2), seconds=5)
 
@@ -145,9 +155,10 @@ def test_nothing_is_left_when_pytest_is_stopped(tmp_path: Path, how: signal.Sign
     pids.mkdir()
     test = tmp_path / "test_stopped.py"
     test.write_text(
-        "from tests.distributed import run_distributed\n"
+        "from tests import distributed\n"
         "from tests.test_distributed_runner import _all_hang\n"
-        f"def test_hang() -> None:\n    run_distributed(_all_hang, 2, {str(pids)!r})\n"
+        "distributed.PRELOAD = ('torch.distributed',)  # a quick start\n"
+        f"def test_hang() -> None:\n    distributed.run_distributed(_all_hang, 2, {str(pids)!r})\n"
     )
     root = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
