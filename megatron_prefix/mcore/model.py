@@ -268,9 +268,8 @@ def build_hybrid_model(
         dtype=dtype,
         sequence_parallel=sequence_parallel,
         recompute=recompute,
-        overrides={"is_hybrid_model": True} | dict(overrides or {}),
+        overrides={"is_hybrid_model": True, "num_layers": 2 * config.num_layers} | dict(overrides or {}),
     )
-    made.num_layers = 2 * config.num_layers
     if seed is not None:
         seed_everything(seed)
     sizes = current_sizes()
