@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
 from megatron_prefix.mcore.log_probs import check_token_ids, unwrap
 from megatron_prefix.packing import NO_TARGET, Pack
 
+ROWS_PER_FORWARD = 1024
+"""Rows of one batch of the oracle: its attention holds [heads, length, length] scores for every sequence."""
+
 
 def repeated_log_probs(model: torch.nn.Module, pack: Pack, *, temperature: float = 1.0) -> Tensor:
     """Response log-probs of a pack of repeated sequences under a model with megatron-core's plain layer spec.
 
-    Each sequence is one forward pass [1, length] with a causal mask, and the log-probs are torch's log-softmax of the
-    model's own gathered logits. (The model's cross-entropy would do, but it lowers fp64 to fp32.) Nothing of this
-    package's attention or log-prob code takes part.
+    Neighbouring sequences of one length are one batch [b, length] with a causal mask, and the log-probs are torch's
+    log-softmax of the model's own gathered logits. (The model's cross-entropy would do, but it lowers fp64 to fp32.)
+    Nothing of this package's attention or log-prob code takes part.
 
     Args:
         model: the whole model (no pipeline stages), wrapped or not.
@@ -34,20 +40,33 @@ def repeated_log_probs(model: torch.nn.Module, pack: Pack, *, temperature: float
     device = next(inner.parameters()).device
     multiple = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
     parts = []
-    for start, end in zip(pack.layout.starts, pack.layout.starts[1:], strict=False):
-        length = -(-(end - start) // multiple) * multiple
-        tokens = torch.zeros(length, dtype=torch.long)
-        tokens[: end - start] = pack.tokens[start:end]
+    for start, batch, length in _batches(pack):
+        rows = slice(start, start + batch * length)
+        padded = -(-length // multiple) * multiple
         # Padding stands behind every real row, so the causal mask hides it.
+        tokens = torch.zeros(batch, padded, dtype=torch.long)
+        tokens[:, :length] = pack.tokens[rows].view(batch, length)
         logits = model(
-            input_ids=tokens.to(device).unsqueeze(0),
-            position_ids=torch.arange(length, device=device).unsqueeze(0),
+            input_ids=tokens.to(device),
+            position_ids=torch.arange(padded, device=device).expand(batch, -1),
             attention_mask=None,
             runtime_gather_output=True,
         )
-        targets = pack.targets[start:end].to(device)
+        targets = pack.targets[rows].to(device)
         wanted = torch.nonzero(targets != NO_TARGET).flatten()
-        rows = logits[0].index_select(0, wanted)
-        log_probs = (rows.to(torch.promote_types(rows.dtype, torch.float32)) / temperature).log_softmax(-1)
-        parts.append(log_probs.gather(1, targets[wanted].unsqueeze(1)).squeeze(1))
+        response = logits[:, :length].flatten(0, 1).index_select(0, wanted)
+        scores = response.to(torch.promote_types(response.dtype, torch.float32)) / temperature
+        parts.append(scores.log_softmax(-1).gather(1, targets[wanted].unsqueeze(1)).squeeze(1))
     return torch.cat(parts)
+
+
+def _batches(pack: Pack) -> Iterator[tuple[int, int, int]]:
+    """(first row, sequences, length) of each forward pass: at most `ROWS_PER_FORWARD` rows, at least one sequence."""
+    row = 0
+    for length, group in groupby(pack.layout.lengths):
+        left = len(list(group))
+        while left:
+            batch = min(left, max(1, ROWS_PER_FORWARD // length))
+            yield row, batch, length
+            row += batch * length
+            left -= batch
