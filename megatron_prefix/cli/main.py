@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "megatron_prefix.cli.train:train_command", "GRPO from a rollouts file, every prefix encoded once."
     ),
+    "bench": Command("megatron_prefix.cli.bench:bench_command", "Time prefix groups against repeated prefixes."),
     "verify": Command("megatron_prefix.cli.verify:verify_command", "Compare prefix groups with plain megatron-core."),
 }
 

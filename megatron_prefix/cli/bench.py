@@ -1,0 +1,206 @@
+"""`megatron-prefix bench`: what sharing prefixes saves on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+
+from megatron_prefix.attention import KERNELS
+from megatron_prefix.bench import attention
+from megatron_prefix.bench.group import DTYPES, GroupSizes
+from megatron_prefix.bench.report import ResultsDifferError, summary, table
+from megatron_prefix.cli.console import print_json, print_table, progress_bar, stderr_console, torchrun_ranks
+from megatron_prefix.model_config import ModelConfig
+
+SIZE = click.IntRange(1)
+SHAPE_FLAGS = ("layers", "hidden_size", "ffn_hidden_size", "heads", "kv_heads", "head_dim", "vocab_size")
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@click.group("bench")
+def bench_command() -> None:
+    """Time prefix groups against repeated prefixes, next to the theoretical bounds.
+
+    Results are compared first: when they differ, the command says what differs, prints no speed-up and exits with 1.
+    """
+
+
+def _common(command: Command) -> Command:
+    """The options of both benchmarks."""
+    options = (
+        click.option("--group-size", type=SIZE, default=8, help="Responses of the group (G)."),
+        click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", help="Of all tensors."),
+        click.option("--impl", type=click.Choice(["auto", *KERNELS]), default="auto", help="Attention kernel."),
+        click.option("--repeats", type=SIZE, default=5, help="Timed runs of each path, in turn."),
+        click.option("--seed", type=int, default=0, help="Of the random data."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout."),
+        click.option(
+            "--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the JSON to this file."
+        ),
+    )
+    result: Any = command
+    for option in reversed(options):
+        result = option(result)
+    return result
+
+
+@bench_command.command("attention")
+@click.option("--prefix-len", type=SIZE, default=4096, help="Rows of the shared prefix (P).")
+@click.option("--response-len", type=SIZE, default=256, help="Rows of each response (R).")
+@click.option("--heads", type=SIZE, default=8, help="Query heads.")
+@click.option("--kv-heads", type=SIZE, default=4, help="Key-value heads.")
+@click.option("--head-dim", type=SIZE, default=64, help="Channels of a head.")
+@_common
+def attention_command(
+    prefix_len: int,
+    response_len: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    group_size: int,
+    dtype: str,
+    impl: str,
+    repeats: int,
+    seed: int,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """Attention alone, forward and backward, of one prefix group: bound alpha, the ratio of the attention areas.
+
+    Also runs the prefix-grouper package where it is installed, on the same CPU kernel. On the CPU that kernel's
+    backward runs in parallel over sequences and key-value heads, so give at least as many --kv-heads as threads.
+
+    \b
+    megatron-prefix bench attention
+    megatron-prefix bench attention --dtype bf16 --heads 2 --kv-heads 2 --repeats 3
+    """
+    _check_call(out)
+    group = GroupSizes(prefix_len, response_len, group_size)
+    sizes = attention.AttentionSizes(heads, kv_heads, head_dim, dtype, impl)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def run(after_each: Callable[[str], None]) -> dict[str, Any]:
+        return attention.bench_attention(group, sizes, repeats=repeats, seed=seed, device=device, after_each=after_each)
+
+    _run_and_report("bench attention", attention.num_runs(repeats, device), run, as_json, out)
+
+
+@bench_command.command("step")
+@click.option("--prefix-len", type=SIZE, default=2048, help="Rows of the shared prefix (P).")
+@click.option("--response-len", type=SIZE, default=128, help="Rows of each response (R).")
+@click.option("--layers", type=SIZE, default=4, help="Transformer layers.")
+@click.option("--hidden-size", type=SIZE, default=256, help="Width of the model.")
+@click.option("--ffn-hidden-size", type=SIZE, default=None, help="Width of the MLP; default: 3 x --hidden-size.")
+@click.option("--heads", type=SIZE, default=4, help="Query heads.")
+@click.option("--kv-heads", type=SIZE, default=2, help="Key-value heads.")
+@click.option("--head-dim", type=SIZE, default=None, help="Channels of a head; default: --hidden-size / --heads.")
+@click.option("--vocab-size", type=SIZE, default=2048, help="Tokens of the vocabulary.")
+@click.option(
+    "--model",
+    type=click.Path(exists=True, path_type=Path),
+    help="Checkpoint folder or model.json whose shape to use instead (weights stay random).",
+)
+@_common
+@click.pass_context
+def step_command(
+    ctx: click.Context,
+    prefix_len: int,
+    response_len: int,
+    layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int | None,
+    vocab_size: int,
+    model: Path | None,
+    group_size: int,
+    dtype: str,
+    impl: str,
+    repeats: int,
+    seed: int,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """A whole training step (forward, log-probs, loss, backward; no optimizer): bound rho, the ratio of the rows.
+
+    \b
+    megatron-prefix bench step
+    megatron-prefix bench step --model smollm2 --prefix-len 512 --response-len 64 --repeats 3
+    """
+    _check_call(out)
+    group = GroupSizes(prefix_len, response_len, group_size)
+    if model is not None:
+        given = [
+            name for name in SHAPE_FLAGS if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        ]
+        if given:
+            raise ValueError(f"--model gives the shape; leave out --{given[0].replace('_', '-')}")
+        config = ModelConfig.from_json(model / "model.json" if model.is_dir() else model)
+    else:
+        config = ModelConfig(
+            num_layers=layers,
+            hidden_size=hidden_size,
+            ffn_hidden_size=ffn_hidden_size or 3 * hidden_size,
+            num_attention_heads=heads,
+            num_query_groups=kv_heads,
+            head_dim=head_dim,
+            vocab_size=vocab_size,
+            max_position_embeddings=prefix_len + response_len,
+        )
+    # megatron-core takes seconds to import: not for `bench attention`, nor for bad input.
+    from megatron_prefix.bench import step
+    from megatron_prefix.cli.options import ParallelFlags
+    from megatron_prefix.mcore.parallel import destroy
+
+    settings = step.StepSettings(dtype, impl)
+
+    def run(after_each: Callable[[str], None]) -> dict[str, Any]:
+        return step.bench_step(group, config, settings, repeats=repeats, seed=seed, after_each=after_each)
+
+    ParallelFlags(tp=1, pp=1, cp=1, dp=1, sequence_parallel=False).start(seed)
+    try:
+        _run_and_report("bench step", step.num_runs(repeats), run, as_json, out)
+    finally:
+        destroy()
+
+
+def _check_call(out: Path | None) -> None:
+    """What can be refused before any work.
+
+    Raises:
+        ValueError: several processes, or a file in a folder that does not exist.
+    """
+    processes = torchrun_ranks()[1]
+    if processes != 1:
+        raise ValueError(f"bench runs in one process, torchrun started {processes}; start it without torchrun")
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+
+
+def _run_and_report(
+    title: str, runs: int, run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool, out: Path | None
+) -> None:
+    """Run with a progress bar, then print the table or what differed; exit with 1 in that case."""
+    console = stderr_console()
+    try:
+        with progress_bar(title, runs, unit="runs") as advance:
+            report = run(lambda note: advance(note=note))
+    except ResultsDifferError as error:
+        report = error.report
+        console.print(str(error), style="red", markup=False)
+    else:
+        print_table(*table(report))
+        console.print(summary(report), markup=False)
+    if out is not None:
+        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(report)
+    if not report["ok"]:
+        raise SystemExit(1)
