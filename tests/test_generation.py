@@ -162,6 +162,14 @@ def test_tokens_come_as_often_as_their_probability_says() -> None:
     assert statistic < len(tested) + 4 * (2 * len(tested)) ** 0.5
 
 
+def test_tokens_without_probability_are_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]]).expand(5, -1)
+    draws = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
+    tokens, log_probs = sampling._sample(logits, draws, 1.0, None)
+    assert tokens.tolist() == [1, 1, 3, 3, 3]
+    torch.testing.assert_close(log_probs, torch.full((5,), 0.5).log())
+
+
 def test_steps_are_reported_and_the_mode_is_restored() -> None:
     model, prompts = prefix_model(tiny_config()), some_prompts()
     model.train()

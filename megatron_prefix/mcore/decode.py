@@ -108,7 +108,6 @@ class PrefixDecoder:
             PrefixLayout(lengths, [-1] * len(lengths)), self.device, multiple_of=self.multiple
         )
         packed.cache = self.cache
-        packed.max_seqlen_q = packed.max_seqlen_kv = self.max_length
         with_head, self.inner.post_process = self.inner.post_process, False
         try:
             self._forward(_padded(tokens, packed.num_padded_rows), packed)
