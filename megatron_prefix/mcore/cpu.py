@@ -28,7 +28,7 @@ def run_on_cpu() -> tuple[str, ...]:
     """
     if torch.cuda.is_available():
         raise RuntimeError(
-            f"run_on_cpu() would redirect CUDA calls to the CPU, but a GPU is present ({torch.cuda.get_device_name()}); "
+            f"run_on_cpu() redirects CUDA calls to the CPU, but a GPU is present ({torch.cuda.get_device_name()}): "
             "run without it, or hide the GPU with CUDA_VISIBLE_DEVICES= before starting"
         )
     patches = (
@@ -124,7 +124,7 @@ def dispatcher_splits_as_numpy() -> None:
 
 
 def torch_norm_allows_sequence_parallel() -> None:
-    """P7. WrappedTorchNorm refuses sequence parallel; what it lacks is the mark that sums the weight's gradient over TP.
+    """P7. WrappedTorchNorm refuses sequence parallel; all it lacks is the mark that sums its gradient over TP.
 
     The class itself is changed, so every spec and block that has already imported it (final norm included) gets this.
     """

@@ -182,7 +182,7 @@ def build_model(
 
 
 def _placed(model: torch.nn.Module, dtype: torch.dtype) -> Any:
-    """The model on its device, every parameter in `dtype`: WrappedTorchNorm makes fp32 weights whatever the config says.
+    """The model on its device, every parameter in `dtype`: WrappedTorchNorm makes fp32 weights whatever it is told.
 
     Changes `.data`, which keeps the attributes that megatron-core sets on its parameters.
     """

@@ -67,7 +67,7 @@ def initialize(
     """Start torch.distributed (where it does not run yet), megatron-core's groups and its seeds; return resolved sizes.
 
     rank, world_size: this process in the job; both None means a single process, or the process group that already runs.
-    local_rank: the GPU of this process (default: rank modulo the number of GPUs). Unused on the CPU, where gloo is used.
+    local_rank: the GPU of this process (default: rank modulo the number of GPUs); unused on the CPU, with gloo.
     init_method: a torch.distributed init URL; default "env://" (torchrun's rendezvous) for more than one process, and
         an in-memory store for one.
     seed: as in Megatron-LM, pipeline stage p draws from seed + 100 * p; tensor-parallel ranks draw alike outside and
