@@ -1,28 +1,42 @@
 """Train on prefix groups with every shared prefix encoded once: a plug-in for megatron-core.
 
-Planning and attention need only torch. `prefix_gpt_layer_spec` and `response_log_probs` import megatron-core when they
-are first asked for.
+Names are imported when they are first asked for: planning needs only the standard library, attention and the loss need
+torch, and layer specs, `PrefixPackedSeqParams` and `response_log_probs` need megatron-core.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from megatron_prefix.attention import prefix_grouped_attention
-from megatron_prefix.layout import PrefixLayout
-from megatron_prefix.loss import BatchTotals, LossConfig, grpo_loss
-from megatron_prefix.packing import Pack, RolloutTree, TreeNode, pack_groups
-from megatron_prefix.rollouts import RolloutGroup, read_rollouts, write_rollouts
+from megatron_prefix.version import __version__
 
 if TYPE_CHECKING:
+    from megatron_prefix.attention import prefix_grouped_attention
+    from megatron_prefix.layout import PrefixLayout
+    from megatron_prefix.loss import BatchTotals, LossConfig, RolloutPairs, grpo_loss
     from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec, with_prefix_attention
     from megatron_prefix.mcore.log_probs import response_log_probs
     from megatron_prefix.mcore.packed import PrefixPackedSeqParams
+    from megatron_prefix.packing import Pack, RolloutTree, TreeNode, pack_groups
+    from megatron_prefix.rollouts import RolloutGroup, read_rollouts, write_rollouts
 
-_FROM_MEGATRON = {
-    "PrefixPackedSeqParams": "megatron_prefix.mcore.packed",
-    "prefix_gpt_layer_spec": "megatron_prefix.mcore.layer_specs",
-    "response_log_probs": "megatron_prefix.mcore.log_probs",
-    "with_prefix_attention": "megatron_prefix.mcore.layer_specs",
+_MODULES = {
+    "BatchTotals": "loss",
+    "LossConfig": "loss",
+    "Pack": "packing",
+    "PrefixLayout": "layout",
+    "PrefixPackedSeqParams": "mcore.packed",
+    "RolloutGroup": "rollouts",
+    "RolloutPairs": "loss",
+    "RolloutTree": "packing",
+    "TreeNode": "packing",
+    "grpo_loss": "loss",
+    "pack_groups": "packing",
+    "prefix_gpt_layer_spec": "mcore.layer_specs",
+    "prefix_grouped_attention": "attention",
+    "read_rollouts": "rollouts",
+    "response_log_probs": "mcore.log_probs",
+    "with_prefix_attention": "mcore.layer_specs",
+    "write_rollouts": "rollouts",
 }
 
 __all__ = [
@@ -32,8 +46,10 @@ __all__ = [
     "PrefixLayout",
     "PrefixPackedSeqParams",
     "RolloutGroup",
+    "RolloutPairs",
     "RolloutTree",
     "TreeNode",
+    "__version__",
     "grpo_loss",
     "pack_groups",
     "prefix_gpt_layer_spec",
@@ -46,6 +62,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_MEGATRON:
-        return getattr(import_module(_FROM_MEGATRON[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
