@@ -74,8 +74,9 @@ def a_task(scorer: Callable[[str], float]) -> Task:
     [
         ("Luk", ["Luk"]),
         (" Luk.\n", ["Luk"]),
-        ("The answer is 12.", ["The answer is 12", "12"]),
-        ("First this.\nThen 7 8", ["First this.\nThen 7 8", "Then 7 8", "8"]),
+        ("The answer is 12.", ["The answer is 12", "The", "12"]),
+        ("First this.\nThen 7 8", ["First this.\nThen 7 8", "First this", "Then 7 8", "First", "8"]),
+        ("Yes, it is!", ["Yes, it is", "Yes", "is"]),
         ("so <answer>3</answer>, no, <answer> 4.\n</answer> it is 5", ["4."]),
         ("...", ["..."]),
         ("  ", []),

@@ -73,7 +73,8 @@ def rollout_command(
 
     A prompt is encoded once; its responses are decoded together and read its keys in place. The response ends with an
     end-of-sequence token of the model, or is cut at --max-new-tokens. An answer is what stands in the last
-    <answer>...</answer> of a response; without that, the best of the whole response, its last line and its last word.
+    <answer>...</answer> of a response; without that, whatever scores best of the whole response, its first and last
+    line, and its first and last word.
 
     \b
     megatron-prefix rollout --model smollm2 --task needle_haystack:8 --task chain_sum:4 --out rollouts.jsonl

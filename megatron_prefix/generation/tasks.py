@@ -165,15 +165,16 @@ def score_response(task: Task, response: str) -> Score:
 
 def answer_candidates(response: str) -> list[str]:
     """What may be meant as the answer: the text inside the last <answer> tag alone; without one the whole response, its
-    last line and its last word, each without a full stop at the end."""
+    first and last line, and its first and last word, each without the punctuation behind it."""
     tagged = re.findall(r"<answer>(.*?)</answer>", response, flags=re.DOTALL)
     if tagged:
         return [tagged[-1].strip()]
     whole = response.strip()
     if not whole:
         return []
-    found = (whole, whole.splitlines()[-1].strip(), whole.split()[-1])
-    return list(dict.fromkeys(text.rstrip(".") or text for text in found))
+    lines, words = whole.splitlines(), whole.split()
+    found = (whole, lines[0].strip(), lines[-1].strip(), words[0], words[-1])
+    return list(dict.fromkeys(text.rstrip(".,:;!?") or text for text in found))
 
 
 def _exact_match(expected: str, answer: str) -> float:
