@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,3 +58,70 @@ def device_of(group: Group) -> torch.device:
     if group is not None and dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+@dataclass
+class Traffic:
+    """What one rank has sent and received through the functions below, in bytes. Rows sent to oneself do not count."""
+
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass
+class Pending:
+    """A tensor on its way. `wait` returns it; what is sent stays alive until then."""
+
+    received: Tensor
+    sent: Tensor
+    works: list[dist.Work]
+
+    def wait(self) -> Tensor:
+        """Block (on CUDA: make the current stream wait) until the tensor is here."""
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def start_exchange(
+    send: Tensor, dst: int, receive_shape: Sequence[int], src: int, group: Group, traffic: Traffic | None = None
+) -> Pending:
+    """Send a tensor to one rank of ``group`` while another tensor comes from one. Empty tensors are not sent at all.
+
+    Args:
+        send: contiguous.
+        dst, src: ranks in the group.
+        receive_shape: of the tensor that comes, in the dtype of ``send``.
+    """
+    received = send.new_empty(receive_shape)
+    assert group is not None
+    operations = []
+    if send.numel():
+        operations.append(dist.P2POp(dist.isend, send, group=group, group_peer=dst))
+    if received.numel():
+        operations.append(dist.P2POp(dist.irecv, received, group=group, group_peer=src))
+    _count(traffic, send.nbytes, received.nbytes)
+    return Pending(received, send, dist.batch_isend_irecv(operations) if operations else [])
+
+
+def start_all_to_all(
+    send: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: Group, traffic: Traffic | None = None
+) -> Pending:
+    """Part i of a flat tensor goes to rank i of ``group``; the parts that come are concatenated in rank order.
+
+    Args:
+        send: contiguous [sum(send_counts)].
+        send_counts, receive_counts: elements for and from each rank.
+    """
+    received = send.new_empty(sum(receive_counts))
+    rank = group_rank(group)
+    work = dist.all_to_all_single(received, send, list(receive_counts), list(send_counts), group=group, async_op=True)
+    size = send.element_size()
+    _count(traffic, size * (sum(send_counts) - send_counts[rank]), size * (sum(receive_counts) - receive_counts[rank]))
+    return Pending(received, send, [work])
+
+
+def _count(traffic: Traffic | None, sent: int, received: int) -> None:
+    if traffic is not None:
+        traffic.sent += sent
+        traffic.received += received

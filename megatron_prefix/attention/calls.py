@@ -25,12 +25,14 @@ class Rows:
         ranges: host (start, end) pairs, none empty.
         cu_seqlens: int32 [len(ranges) + 1], offsets of the ranges when their rows stand together.
         max_seqlen: rows of the longest range.
+        num_rows: rows of all ranges.
         index: int64 [rows] when the ranges leave gaps, None when they are one slice of the packed tensor.
     """
 
     ranges: tuple[Range, ...]
     cu_seqlens: Tensor
     max_seqlen: int
+    num_rows: int
     index: Tensor | None
 
     @classmethod
@@ -46,6 +48,7 @@ class Rows:
             ranges=tuple(ranges),
             cu_seqlens=_upload(torch.tensor(offsets, dtype=torch.int32), device),
             max_seqlen=max((end - start for start, end in ranges), default=0),
+            num_rows=offsets[-1],
             index=index,
         )
 

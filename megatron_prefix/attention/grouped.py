@@ -65,19 +65,29 @@ def grouped_attention(
     Raises:
         ValueError: tensors that the kernel cannot take.
     """
+    width_v = v.shape[-1]
+    q, k, v = fit_kernel(q, k, v, kernel)
+    if q.shape[0] == 0:
+        return q.new_zeros(0, q.shape[1], width_v) + (q.sum() + k.sum() + v.sum())  # no rows, yet part of the graph
+    out = _GroupedAttention.apply(q, k, v, calls, softmax_scale, kernel)
+    return out[..., :width_v]
+
+
+def fit_kernel(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as ``kernel`` takes them: one head dim where it needs that (v's output has padding columns then).
+
+    Raises:
+        ValueError: tensors that the kernel cannot take.
+    """
     refusal = kernel.refusal(q, k, v)
     if refusal:
         raise ValueError(refusal)
-    if q.shape[0] == 0:
-        return q.new_zeros(0, q.shape[1], v.shape[2]) + (q.sum() + k.sum() + v.sum())  # no rows, yet part of the graph
     width, width_v = q.shape[-1], v.shape[-1]
     if width != width_v and not kernel.mixed_head_dims:
         # Zero columns change no score and no output column that is kept.
         wide = max(width, width_v)
         q, k, v = pad(q, (0, wide - width)), pad(k, (0, wide - width)), pad(v, (0, wide - width_v))
-    q, k, v = (_dense_heads(x) for x in (q, k, v))
-    out = _GroupedAttention.apply(q, k, v, calls, softmax_scale, kernel)
-    return out[..., :width_v]
+    return _dense_heads(q), _dense_heads(k), _dense_heads(v)
 
 
 def resolve_scale(softmax_scale: float | None, head_dim: int) -> float:

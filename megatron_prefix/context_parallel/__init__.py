@@ -1,0 +1,1 @@
+"""Context parallelism for prefix groups: where rows live, which keys travel, and the exchange itself."""

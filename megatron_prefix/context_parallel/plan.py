@@ -1,0 +1,139 @@
+"""What context parallelism will do with a pack: rows, keys that travel, attention area and bytes, per rank.
+
+Made from lengths alone, without torch or process groups; execution follows it, and tests hold it to a brute-force mask.
+
+A rank's own rows keep their tree: they are a pack of their own with shorter segments (`CpPlan.local_layout`), whose
+attention is the part that needs no communication. What a rank reads from another is, per segment, a prefix of the
+other's rows of it: all of them where it owns descendants of the segment, else those before its own last piece.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_prefix.context_parallel.placement import Piece, Placement, area, place
+from megatron_prefix.layout import AncestorRange, PrefixLayout
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What one rank reads from another.
+
+    Attributes:
+        rows: ranges of the other's own rows, in order; together they are the buffer that travels.
+        calls: unmasked kernel calls, each of rectangles (own query rows, buffer rows) with disjoint queries and keys.
+    """
+
+    rows: tuple[Range, ...]
+    calls: tuple[tuple[AncestorRange, ...], ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the buffer."""
+        return sum(end - start for start, end in self.rows)
+
+
+@dataclass(frozen=True)
+class CpPlan:
+    """Context parallelism of one pack.
+
+    Attributes:
+        layout: of the whole pack.
+        placement: pieces of each rank, from `place`.
+    """
+
+    layout: PrefixLayout
+    placement: Placement
+
+    @classmethod
+    def build(cls, layout: PrefixLayout, cp_size: int, placement: str) -> CpPlan:
+        """The plan of ``layout`` over ``cp_size`` ranks.
+
+        Raises:
+            ValueError: an unknown placement, or a size below 1.
+        """
+        return cls(layout, place(layout, cp_size, placement))
+
+    @property
+    def cp_size(self) -> int:
+        """Number of ranks."""
+        return len(self.placement)
+
+    def rows(self, rank: int) -> list[int]:
+        """Rows of the pack that ``rank`` owns, in its own order (ascending)."""
+        starts = self.layout.starts
+        return [row for p in self.placement[rank] for row in range(starts[p.segment] + p.start, starts[p.segment] + p.end)]
+
+    @cached_property
+    def local_layouts(self) -> tuple[PrefixLayout, ...]:
+        """For each rank its rows as a pack of their own: the same tree with the lengths of its pieces."""
+        layouts = []
+        for pieces in self.placement:
+            lengths = [0] * len(self.layout)
+            for piece in pieces:
+                lengths[piece.segment] += piece.end - piece.start
+            layouts.append(PrefixLayout(lengths, self.layout.parents))
+        return tuple(layouts)
+
+    def area(self, rank: int) -> int:
+        """(query, key) pairs that ``rank`` computes, its own and those with keys from others."""
+        return sum(area(self.layout, piece) for piece in self.placement[rank])
+
+    def remote(self, rank: int, source: int) -> Remote:
+        """What ``rank`` reads from ``source`` (another rank)."""
+        mine, theirs = self.local_layouts[rank], self.local_layouts[source]
+        rows: list[Range] = []
+        own: list[AncestorRange] = []
+        by_level: dict[int, list[AncestorRange]] = {}
+        offset = 0
+        for segment, count in enumerate(theirs.lengths):
+            below = (mine.starts[segment + 1], mine.subtree_ends[segment])
+            siblings = self._own_rectangles(rank, source, segment, offset)
+            needed = count if below[1] > below[0] else max((r.k_end - offset for r in siblings), default=0)
+            if not needed:
+                continue
+            own += siblings
+            if below[1] > below[0]:
+                rectangle = AncestorRange(*below, offset, offset + count)
+                by_level.setdefault(self.layout.levels[segment], []).append(rectangle)
+            rows.append((theirs.starts[segment], theirs.starts[segment] + needed))
+            offset += needed
+        levels = [tuple(by_level[level]) for level in sorted(by_level)]
+        return Remote(tuple(rows), tuple(call for call in (tuple(own), *levels) if call))
+
+    def _own_rectangles(self, rank: int, source: int, segment: int, offset: int) -> list[AncestorRange]:
+        """Rows of ``rank`` in a segment against the earlier rows of ``source`` in it, queries of one reach together."""
+        theirs = [piece for piece in self.placement[source] if piece.segment == segment]
+        rectangles: list[AncestorRange] = []
+        row = self.local_layouts[rank].starts[segment]
+        for piece in self.placement[rank]:
+            if piece.segment != segment:
+                continue
+            count = piece.end - piece.start
+            seen = sum(other.end - other.start for other in theirs if other.end <= piece.start)
+            if rectangles and rectangles[-1].k_end == offset + seen and rectangles[-1].q_end == row:
+                rectangles[-1] = rectangles[-1]._replace(q_end=row + count)
+            elif seen:
+                rectangles.append(AncestorRange(row, row + count, offset, offset + seen))
+            row += count
+        return rectangles
+
+    def merged(self, inner: int) -> CpPlan:
+        """The plan in which each ``inner`` neighbouring ranks own their rows together (two-level exchanges).
+
+        Raises:
+            ValueError: a size that does not divide the ranks.
+        """
+        if inner < 1 or self.cp_size % inner:
+            raise ValueError(f"{self.cp_size} context-parallel ranks cannot be grouped by {inner}; use a divisor")
+        merged = []
+        for first in range(0, self.cp_size, inner):
+            pieces = sorted(piece for rank in self.placement[first : first + inner] for piece in rank)
+            merged.append(tuple(pieces))
+        return CpPlan(self.layout, tuple(merged))
+
+
+__all__ = ["CpPlan", "Piece", "Remote"]
