@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,10 @@ from megatron_prefix.rollouts import RolloutGroup
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Largest relative difference by dtype; half precision is judged against the plain path's own error instead."""
+
+SMALLEST_SHARE = 1e-3
+"""A parameter's gradient below this share of the whole gradient's norm is measured against that share: some gradients
+are 0 but for rounding (a bias of all keys, without rotary embeddings, changes no attention)."""
 
 OLD_POLICY_NOISE = 0.1
 """Spread of the made-up old log-probs around the policy's own, so that ratios differ from 1 and some are clipped."""
@@ -40,9 +44,10 @@ class Differences:
         max_log_prob_diff: largest absolute difference, in nats.
         max_log_prob_rel_diff: the same over the largest absolute log-prob (at least 1).
         loss_rel_diff: relative to the larger of the loss and 1e-3.
-        gradients: per parameter, the norm of the difference over the norm of the reference; empty with the distributed
-            optimizer, which leaves each rank a shard of the sums.
-        parameters: the same of the parameters after optimizer steps; empty without steps.
+        gradients: per parameter, the norm of the difference over the norm of the reference, which counts as at least
+            `SMALLEST_SHARE` of that of all gradients; empty with the distributed optimizer, which leaves each rank a
+            shard of the sums.
+        parameters: the norm of the difference over that of the reference, after optimizer steps; empty without steps.
     """
 
     max_log_prob_diff: float
@@ -59,8 +64,9 @@ class Differences:
     @property
     def worst(self) -> float:
         """The largest relative difference of all."""
-        values = [self.max_log_prob_rel_diff, self.loss_rel_diff, *self.gradients.values(), *self.parameters.values()]
-        return math.inf if any(math.isnan(value) for value in values) else max(values)
+        return _largest(
+            [self.max_log_prob_rel_diff, self.loss_rel_diff, *self.gradients.values(), *self.parameters.values()]
+        )
 
 
 def make_inputs(
@@ -113,10 +119,10 @@ def differences(result: Evaluation, reference: Evaluation) -> Differences:
     }
     ranks = all_gather_object(mine, torch.distributed.group.WORLD)
     return Differences(
-        max_log_prob_diff=max(rank["log_probs"][0] for rank in ranks),
-        max_log_prob_rel_diff=max(d / s for d, s in (rank["log_probs"] for rank in ranks)),
-        loss_rel_diff=max(rank["loss"] for rank in ranks),
-        gradients=_relative([rank["gradients"] for rank in ranks]),
+        max_log_prob_diff=_largest(rank["log_probs"][0] for rank in ranks),
+        max_log_prob_rel_diff=_largest(d / s for d, s in (rank["log_probs"] for rank in ranks)),
+        loss_rel_diff=_largest(rank["loss"] for rank in ranks),
+        gradients=_relative([rank["gradients"] for rank in ranks], SMALLEST_SHARE),
         parameters=_relative([rank["parameters"] for rank in ranks]),
     )
 
@@ -133,17 +139,27 @@ def _squares(result: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> S
     }
 
 
+def _largest(values: Iterable[float]) -> float:
+    """The maximum, with NaN as infinite: Python's max() passes over a NaN that does not come first."""
+    return max(math.inf if math.isnan(value) else value for value in values)
+
+
 def _square_sum(x: Tensor) -> float:
     return x.square().sum().item()
 
 
-def _relative(ranks: Sequence[Squares]) -> dict[str, float]:
-    """Norm of the difference over norm of the reference, shards of all ranks taken together."""
+def _relative(ranks: Sequence[Squares], smallest_share: float = 0.0) -> dict[str, float]:
+    """Norm of the difference over norm of the reference, shards of all ranks taken together; NaN as infinite.
+
+    A norm below ``smallest_share`` of that of all tensors together counts as that share.
+    """
     result = {}
+    floor = smallest_share**2 * sum(square for rank in ranks for _, square in rank.values())
     for name in ranks[0]:
         diff = sum(rank[name][0] for rank in ranks)
-        norm = sum(rank[name][1] for rank in ranks)
-        result[name] = math.sqrt(diff / norm) if norm > 0 else (0.0 if diff == 0 else math.inf)
+        norm = max(floor, sum(rank[name][1] for rank in ranks))
+        relative = math.sqrt(diff / norm) if norm > 0 else (0.0 if diff == 0 else math.inf)
+        result[name] = _largest([relative])
     return result
 
 
