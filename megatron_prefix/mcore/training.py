@@ -55,6 +55,11 @@ class TrainSettings:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if self.optimizer not in ("adam", "sgd"):
             raise ValueError(f"optimizer must be 'adam' or 'sgd', got {self.optimizer!r}")
+        if self.distributed_optimizer and self.optimizer != "adam":
+            raise ValueError(
+                f"optimizer={self.optimizer!r}: megatron-core's distributed optimizer knows Adam only; use 'adam', or "
+                "distributed_optimizer=False"
+            )
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,10 @@ class PolicyTrainer:
         if model.config.params_dtype is torch.float64 and settings.clip_grad > 0:
             raise ValueError(
                 f"clip_grad={settings.clip_grad}: megatron-core clips fp32 gradients only; set it to 0 for fp64"
+            )
+        if model.config.params_dtype is torch.float64 and settings.distributed_optimizer:
+            raise ValueError(
+                "distributed_optimizer=True: megatron-core's takes no fp64 model; set distributed_optimizer=False"
             )
         self.settings, self.loss = settings, loss
         self.log_probs_fn: Callable[..., Any] = log_probs or partial(
