@@ -23,6 +23,16 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else group.rank()
 
 
+def group_of_this_rank() -> dist.ProcessGroup:
+    """A group of this process alone. Every process calls it: making groups is collective."""
+    mine: dist.ProcessGroup | None = None
+    for rank in range(dist.get_world_size()):
+        group = dist.new_group([rank])
+        mine = group if rank == dist.get_rank() else mine
+    assert mine is not None
+    return mine
+
+
 def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
     """Sum ``x`` over ``group`` in place; returns ``x``."""
     if group_size(group) > 1:
@@ -45,6 +55,25 @@ def all_gather_object(value: Any, group: Group) -> list[Any]:
     values: list[Any] = [None] * size
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def all_gather_ints(values: Sequence[int], group: Group) -> list[tuple[int, ...]]:
+    """A few integers of every rank, in rank order."""
+    mine = torch.tensor(values, dtype=torch.long, device=device_of(group))
+    if group_size(group) == 1:
+        return [tuple(values)]
+    parts = [torch.empty_like(mine) for _ in range(group_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    return [tuple(part) for part in torch.stack(parts).tolist()]
+
+
+def all_gather_uneven(x: Tensor, counts: Sequence[int], group: Group) -> list[Tensor]:
+    """Vectors of all ranks, in rank order; rank r gives ``counts[r]`` entries."""
+    padded = x.new_zeros(max(counts))
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
 def barrier(group: Group) -> None:
@@ -105,7 +134,11 @@ def start_exchange(
 
 
 def start_all_to_all(
-    send: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: Group, traffic: Traffic | None = None
+    send: Tensor,
+    send_counts: Sequence[int],
+    receive_counts: Sequence[int],
+    group: Group,
+    traffic: Traffic | None = None,
 ) -> Pending:
     """Part i of a flat tensor goes to rank i of ``group``; the parts that come are concatenated in rank order.
 

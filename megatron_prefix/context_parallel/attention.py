@@ -6,8 +6,8 @@
     a2a+p2p     heads for rows inside neighbouring ranks, p2p between those groups
 
 All are one algorithm: an exchange of heads for rows over an inner group (of one rank for p2p and all_gather), then a
-ring over the outer group (of one rank for a2a). Partial attentions are merged by log-sum-exp in fp32, and backward sends
-the keys again rather than keep them.
+ring over the outer group (of one rank for a2a). Partial attentions are merged by log-sum-exp in fp32, and backward
+sends the keys again rather than keep them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from megatron_prefix.attention.calls import AttentionCalls, Rows, VarlenCall
 from megatron_prefix.attention.grouped import fit_kernel
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.attention.merge import merge_attention
-from megatron_prefix.collectives import Group, Pending, Traffic, group_rank, group_size, start_all_to_all, start_exchange
+from megatron_prefix.collectives import (
+    Group,
+    Pending,
+    Traffic,
+    group_rank,
+    group_size,
+    start_all_to_all,
+    start_exchange,
+)
 from megatron_prefix.context_parallel.plan import CpPlan
 
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
@@ -212,7 +220,8 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x = start_all_to_all(grad.contiguous(), *ctx.counts, ctx.group, ctx.traffic).wait()
+        sent, received = ctx.counts
+        x = start_all_to_all(grad.contiguous(), sent, received, ctx.group, ctx.traffic).wait()
         return x, None, None, None, None
 
 
@@ -264,9 +273,7 @@ class KeysInFlight:
             step = steps[i]
             sent = step.sent.take(self.kv).contiguous() if step.sent else self.kv.new_empty(0, *self.kv.shape[1:])
             shape = (step.num_received, *self.kv.shape[1:])
-            self.pending[step.src] = start_exchange(
-                sent, step.dst, shape, step.src, self.ring.group, self.ring.traffic
-            )
+            self.pending[step.src] = start_exchange(sent, step.dst, shape, step.src, self.ring.group, self.ring.traffic)
 
     def wait(self, i: int, width: int) -> tuple[Tensor, Tensor]:
         """Keys [n, Hkv, width] and values of step ``i``."""
@@ -290,9 +297,7 @@ class GradientsInFlight:
             self.held[step.src] = dkv
             return
         count = step.sent.num_rows if step.sent else 0
-        pending = start_exchange(
-            dkv, step.src, (count, *dkv.shape[1:]), step.dst, self.ring.group, self.ring.traffic
-        )
+        pending = start_exchange(dkv, step.src, (count, *dkv.shape[1:]), step.dst, self.ring.group, self.ring.traffic)
         self._add_pending()
         self.pending.append((step, pending))
 
@@ -316,9 +321,7 @@ class GradientsInFlight:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring, softmax_scale: float, kernel: Kernel
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring, softmax_scale: float, kernel: Kernel) -> Tensor:
         calls = ring.calls
         keys = ring.keys(k, v)
         out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=_sum_dtype(q))

@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 
 from megatron_prefix.attention import IMPLS, resolve_impl
 from megatron_prefix.attention.grouped import check_tensors, resolve_scale
-from megatron_prefix.mcore.packed import PrefixPackedSeqParams
+from megatron_prefix.context_parallel.attention import COMM_TYPES
+from megatron_prefix.mcore.packed import LayerSettings, PrefixPackedSeqParams
 from megatron_prefix.mcore.support import refuse_unsupported
 
 
@@ -54,6 +55,7 @@ class PrefixCoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.impl = impl
+        self.cp_comm_type = _comm_type_of_layer(config, layer_number, cp_comm_type)
 
     def forward(
         self,
@@ -82,11 +84,22 @@ class PrefixCoreAttention(MegatronModule):
         check_tensors(q, k, v, packed.num_padded_rows)
         rows = packed.num_rows
         scale = resolve_scale(self.softmax_scale, q.shape[-1])
-        out = packed.attend(
-            self.layer_number, q[:rows], k[:rows], v[:rows], softmax_scale=scale, impl=resolve_impl(self.impl, q.device)
-        )
+        layer = LayerSettings(self.layer_number, scale, resolve_impl(self.impl, q.device), self.cp_comm_type)
+        out = packed.attend(q[:rows], k[:rows], v[:rows], layer)
         out = pad(out, (0, 0, 0, 0, 0, packed.num_padded_rows - rows))
         return out.reshape(out.shape[0], 1, -1)
+
+
+def _comm_type_of_layer(config: TransformerConfig, layer_number: int, given: str | None) -> str:
+    """The layer's cp_comm_type: its entry of a list in the config (megatron-core 0.16 passes its neighbour's), else the
+    one given, else "p2p"."""
+    per_layer = config.cp_comm_type
+    chosen = per_layer[layer_number - 1] if isinstance(per_layer, list) else (given or per_layer or "p2p")
+    if chosen not in COMM_TYPES:
+        raise ValueError(
+            f"layer {layer_number}: unknown cp_comm_type {chosen!r}; choose one of {', '.join(COMM_TYPES)}"
+        )
+    return chosen
 
 
 def require_layout(packed_seq_params: PackedSeqParams | None) -> PrefixPackedSeqParams:

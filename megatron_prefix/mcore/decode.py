@@ -22,7 +22,7 @@ from megatron_prefix.attention import KERNELS, merge_attention
 from megatron_prefix.attention.calls import Rows, VarlenCall
 from megatron_prefix.layout import PrefixLayout
 from megatron_prefix.mcore.log_probs import unwrap
-from megatron_prefix.mcore.packed import PrefixPackedSeqParams
+from megatron_prefix.mcore.packed import LayerSettings, PrefixPackedSeqParams
 
 
 class PrefixDecoder:
@@ -165,10 +165,10 @@ class _EncodePackedSeqParams(PrefixPackedSeqParams):
 
     cache: dict[int, _LayerCache] = field(default_factory=dict)
 
-    def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, impl: str) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerSettings) -> Tensor:
         # Copies: k and v are views of the layer's whole qkv projection, which would stay in memory with them.
-        self.cache[layer_number] = _LayerCache(prompt=(k.clone(), v.clone()))
-        return super().attend(layer_number, q, k, v, softmax_scale=softmax_scale, impl=impl)
+        self.cache[layer.number] = _LayerCache(prompt=(k.clone(), v.clone()))
+        return super().attend(q, k, v, layer)
 
 
 @dataclass
@@ -184,14 +184,14 @@ class _DecodePackedSeqParams(PrefixPackedSeqParams):
     def num_rows(self) -> int:
         return self.num_responses
 
-    def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, impl: str) -> Tensor:
-        layer = self.cache.setdefault(layer_number, _LayerCache())
-        keys, values = layer.append(k, v, self.length)
-        out, lse = (x.flatten(0, 1) for x in _dense_attention(q.unsqueeze(1), keys, values, softmax_scale))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerSettings) -> Tensor:
+        cache = self.cache.setdefault(layer.number, _LayerCache())
+        keys, values = cache.append(k, v, self.length)
+        out, lse = (x.flatten(0, 1) for x in _dense_attention(q.unsqueeze(1), keys, values, layer.softmax_scale))
         if self.call is None:
             return out
-        assert layer.prompt is not None
-        part = _prompt_attention(q, *layer.prompt, self.call, softmax_scale, impl)
+        assert cache.prompt is not None
+        part = _prompt_attention(q, *cache.prompt, self.call, layer.softmax_scale, layer.impl)
         rows = self.call.q
         rows.put(out, merge_attention(rows.take(out), rows.take(lse), *part)[0])
         return out

@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.parallel_state import get_hierarchical_context_parallel_groups
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from megatron_prefix.collectives import Group, all_reduce_max, all_reduce_sum, group_rank
-from megatron_prefix.mcore.packed import PrefixPackedSeqParams
-from megatron_prefix.packing import Pack
+from megatron_prefix.collectives import Group, all_gather_uneven, all_reduce_max, all_reduce_sum, group_rank
+from megatron_prefix.context_parallel.attention import CpShare
+from megatron_prefix.mcore.packed import ContextParallel, PrefixPackedSeqParams
+from megatron_prefix.packing import NO_TARGET, Pack
 
 
 def response_log_probs(
@@ -27,6 +29,8 @@ def response_log_probs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     chunk_rows: int = 4096,
+    cp_placement: str = "auto",
+    full: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of a pack's response tokens under a model with prefix-grouped attention.
 
@@ -40,13 +44,18 @@ def response_log_probs(
         temperature: logits are divided by it, as in sampling.
         with_entropy: also return the entropy of each row's distribution.
         chunk_rows: most rows whose logits exist at once.
+        cp_placement: where rows go under context parallelism: "dual_chunk_swap", "branch", or "auto" by predicted cost.
+        full: under context parallelism, give every rank the whole vector (N numbers travel, no hidden state and no
+            logit does); else only the rank's own rows, in order. In backward each rank takes the gradient of its own
+            rows, so gradients of parameters must be summed over context-parallel ranks, as megatron-core's DDP does.
 
     Returns:
         fp32 [N] (fp64 for an fp64 model), ordered by group, response, token, equal on all tensor-parallel ranks; with
         ``with_entropy`` a pair of such tensors, in nats. A stage before the last returns its hidden states instead.
 
     Raises:
-        ValueError: a temperature or chunk size that is not positive, or a token id outside the vocabulary.
+        ValueError: a temperature or chunk size that is not positive, a token id outside the vocabulary, an unknown
+            placement, or context-parallel ranks with different packs.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -54,17 +63,60 @@ def response_log_probs(
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     inner = unwrap(model)
     check_token_ids(pack, inner.vocab_size)
-    hidden, device = _hidden_states(inner, pack)
+    device = next(inner.parameters()).device
+    multiple = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
+    cp = _context_parallel(inner, cp_placement)
+    packed = PrefixPackedSeqParams.build(pack.layout, device, multiple_of=multiple, cp=cp)
+    hidden = _hidden_states(inner, pack, packed, device)
     if not inner.post_process:
         return hidden
-    rows = _response_hidden_states(inner, hidden, pack.response_rows.to(device, non_blocking=True))
-    targets = pack.targets[pack.response_rows].to(device, non_blocking=True)
+    targets = packed.take(pack.targets)
+    local = torch.nonzero(targets != NO_TARGET).flatten()
+    count = len(local)
+    if not count:  # a rank without a response row still takes part in the output layer's collectives and gradients
+        local, targets = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    rows = _response_hidden_states(inner, hidden, local.to(device, non_blocking=True))
+    targets = targets[local].to(device, non_blocking=True)
     head = _OutputHead(inner, temperature, with_entropy)
     chunks = list(zip(rows.split(chunk_rows), targets.split(chunk_rows), strict=True))
     recompute = len(chunks) > 1 and torch.is_grad_enabled()
     parts = [checkpoint(head, *chunk, use_reentrant=False) if recompute else head(*chunk) for chunk in chunks]
-    log_probs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-    return (log_probs, entropy) if with_entropy else log_probs
+    results = [torch.cat(column)[:count] for column in zip(*parts, strict=True)]
+    if full and packed.share is not None:
+        numbers = _response_numbers(pack, packed.share)
+        results = [_GatherResponses.apply(x, numbers, packed.share) for x in results[: 1 + with_entropy]]
+    return (results[0], results[1]) if with_entropy else results[0]
+
+
+def _context_parallel(inner: Any, placement: str) -> ContextParallel:
+    groups = get_hierarchical_context_parallel_groups(check_initialized=False) or [None, None]
+    return ContextParallel(inner.pg_collection.cp, placement, inner=groups[0], outer=groups[1])
+
+
+def _response_numbers(pack: Pack, share: CpShare) -> list[Tensor]:
+    """For each context-parallel rank the numbers (0 to N - 1) of the response rows that it owns, in its order."""
+    response = pack.targets != NO_TARGET
+    number = response.cumsum(0) - 1
+    owned = [torch.tensor(share.plan.rows(rank), dtype=torch.long) for rank in range(share.plan.cp_size)]
+    return [number[rows][response[rows]].to(share.device) for rows in owned]
+
+
+class _GatherResponses(torch.autograd.Function):
+    """[rows of this rank] -> [N] on every rank; backward takes the gradient of the rank's own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, numbers: list[Tensor], share: CpShare) -> Tensor:
+        ctx.mine = numbers[share.rank]
+        parts = all_gather_uneven(x, [len(each) for each in numbers], share.group)
+        whole = x.new_empty(sum(len(each) for each in numbers))
+        for each, part in zip(numbers, parts, strict=True):
+            whole[each] = part
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad[ctx.mine], None, None
 
 
 def unwrap(model: torch.nn.Module) -> Any:
@@ -90,22 +142,15 @@ def check_token_ids(pack: Pack, vocab_size: int) -> None:
             )
 
 
-def _hidden_states(inner: Any, pack: Pack) -> tuple[Tensor, torch.device]:
-    """Hidden states after the final norm, [T, 1, hidden] (T / tp under sequence parallelism), and their device."""
-    config = inner.config
-    device = next(inner.parameters()).device
-    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    packed = PrefixPackedSeqParams.build(pack.layout, device, multiple_of=multiple)
-    tokens = torch.zeros(packed.num_padded_rows, dtype=torch.long)
-    tokens[: pack.tokens.numel()] = pack.tokens
+def _hidden_states(inner: Any, pack: Pack, packed: PrefixPackedSeqParams, device: torch.device) -> Tensor:
+    """Hidden states after the final norm, [T, 1, hidden] (T / tp under sequence parallelism)."""
     with _attribute(inner, "post_process", False):
-        hidden = inner(
-            input_ids=tokens.to(device, non_blocking=True).unsqueeze(0),
+        return inner(
+            input_ids=packed.padded(pack.tokens).to(device, non_blocking=True).unsqueeze(0),
             position_ids=packed.row_positions.unsqueeze(0),
             attention_mask=None,
             packed_seq_params=packed,
         )
-    return hidden, device
 
 
 def _response_hidden_states(inner: Any, hidden: Tensor, response_rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -156,6 +157,7 @@ def build_model(
     seed: int | None = None,
     vp_stage: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
 ) -> GPTModel:
     """This rank's part of a GPTModel, on the GPU where there is one.
 
@@ -163,6 +165,7 @@ def build_model(
     seed: reseeds torch and the model-parallel generators first; on the CPU the full weights are then the same at
         every tensor-parallel size. None draws from the generators as they are.
     vp_stage: which virtual stage to build; needed with interleaved pipelines.
+    pg_collection: process groups; None is megatron-core's own, by `parallel_state`.
     The other arguments are those of `transformer_config`, which states the errors.
     """
     made = transformer_config(
@@ -176,6 +179,7 @@ def build_model(
         transformer_layer_spec=layer_spec or local_layer_spec(config),
         rope_scaling=scaling is not None,
         rope_scaling_factor=scaling["factor"] if scaling else 1.0,
+        pg_collection=pg_collection,
         **_shared_arguments(config, vp_stage),
     )
     return _placed(model, dtype)

@@ -16,7 +16,73 @@ from torch import Tensor
 
 from megatron_prefix.attention import KERNELS, grouped_attention, reference_attention
 from megatron_prefix.attention.calls import AttentionCalls
+from megatron_prefix.collectives import Group, Traffic, all_gather_ints, group_size
+from megatron_prefix.context_parallel.attention import CpShare, context_parallel_attention
+from megatron_prefix.context_parallel.plan import CpPlan
 from megatron_prefix.layout import PrefixLayout
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What a layer's attention needs beside q, k and v.
+
+    Attributes:
+        number: megatron-core's layer number, from 1.
+        softmax_scale: factor of the scores.
+        impl: name of the kernel, resolved.
+        cp_comm_type: see `context_parallel.attention`; unused on one rank.
+    """
+
+    number: int
+    softmax_scale: float
+    impl: str
+    cp_comm_type: str = "p2p"
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """Context-parallel groups and where rows go.
+
+    Attributes:
+        group: all context-parallel ranks.
+        placement: "dual_chunk_swap", "branch" or "auto", see `context_parallel.placement`.
+        inner, outer: the two levels of groups of cp_comm_type "a2a+p2p", where there are any.
+        traffic: counts bytes where given.
+    """
+
+    group: Group
+    placement: str = "auto"
+    inner: Group = None
+    outer: Group = None
+    traffic: Traffic | None = None
+
+    def share(self, layout: PrefixLayout, device: torch.device) -> CpShare:
+        """This rank's part in a micro-batch of ``layout``.
+
+        Raises:
+            ValueError: an unknown placement, or ranks with different layouts (on every rank, naming the difference).
+        """
+        check_equal_layouts(layout, self.group)
+        plan = CpPlan.build(layout, group_size(self.group), self.placement)
+        return CpShare(plan, self.group, device, self.inner, self.outer, self.traffic)
+
+
+def check_equal_layouts(layout: PrefixLayout, group: Group) -> None:
+    """Compare layouts over ``group`` by checksum, once per micro-batch: different ones would wait for each other.
+
+    Raises:
+        ValueError: on every rank, when they differ; names each rank's layout.
+    """
+    mine = (layout.checksum, len(layout), layout.num_rows)
+    ranks = all_gather_ints(mine, group)
+    if any(theirs != mine for theirs in ranks):
+        shown = "; ".join(
+            f"rank {i}: {segments} segments, {rows} rows, checksum {checksum:08x}"
+            for i, (checksum, segments, rows) in enumerate(ranks)
+        )
+        raise ValueError(
+            f"context-parallel ranks have different layouts of one micro-batch ({shown}); give all the same pack"
+        )
 
 
 @dataclass
@@ -25,46 +91,71 @@ class PrefixPackedSeqParams(PackedSeqParams):
 
     Attributes:
         layout: segments of the pack, T rows.
-        calls: kernel launches of the layout, uploaded once.
+        calls: kernel launches of the layout, uploaded once (under context parallelism ``share`` has them).
         row_positions: int64 [T + padding], position of each row in its own sequence (0 in the padding).
+        share: this rank's part under context parallelism, else None.
+        rows: int64 on the CPU, the pack's rows that this rank owns under context parallelism, else None.
     """
 
     layout: PrefixLayout = None  # type: ignore[assignment]  # the parent's fields have defaults, so these must
     calls: AttentionCalls = None  # type: ignore[assignment]
     row_positions: Tensor = None  # type: ignore[assignment]
+    share: CpShare | None = None
+    rows: Tensor | None = None
 
     @classmethod
-    def build(cls, layout: PrefixLayout, device: torch.device, *, multiple_of: int = 1) -> Self:
+    def build(
+        cls, layout: PrefixLayout, device: torch.device, *, multiple_of: int = 1, cp: ContextParallel | None = None
+    ) -> Self:
         """The parameters of ``layout`` on ``device``, padded at the end to ``multiple_of`` rows.
 
         Sequence parallelism needs a multiple of the tensor-parallel size. Padding rows attend to nothing and are
-        attended by nothing.
+        attended by nothing. With ``cp``, rows are those that this context-parallel rank owns.
+
+        Raises:
+            ValueError: context-parallel ranks have different layouts.
         """
-        calls = AttentionCalls.build(layout, device)
-        padded = -(-layout.num_rows // multiple_of) * multiple_of
-        positions = torch.zeros(padded, dtype=torch.long)
-        positions[: layout.num_rows] = torch.tensor(layout.positions, dtype=torch.long)
+        share = cp.share(layout, device) if cp is not None and group_size(cp.group) > 1 else None
+        positions = torch.tensor(layout.positions, dtype=torch.long)
+        rows = None
+        if share is not None:
+            rows = torch.tensor(share.plan.rows(share.rank), dtype=torch.long)
+            positions = positions[rows]
+        # A rank without a row still runs the model on padding: others wait for its part in every collective.
+        padded = -(-max(len(positions), 1) // multiple_of) * multiple_of
+        padded_positions = torch.zeros(padded, dtype=torch.long)
+        padded_positions[: len(positions)] = positions
         return cls(
             qkv_format="thd",
-            cu_seqlens_q=calls.own.q.cu_seqlens,
-            cu_seqlens_kv=calls.own.kv.cu_seqlens,
             # megatron-core builds its table of rotary frequencies for this many positions.
             max_seqlen_q=layout.max_sequence_length,
             max_seqlen_kv=layout.max_sequence_length,
             layout=layout,
-            calls=calls,
-            row_positions=positions.to(device),
+            calls=AttentionCalls.build(layout, device) if share is None else None,  # type: ignore[arg-type]
+            row_positions=padded_positions.to(device),
+            share=share,
+            rows=rows,
         )
 
     @property
     def num_rows(self) -> int:
-        """Rows of the micro-batch without its padding."""
-        return self.layout.num_rows
+        """Rows of the micro-batch on this rank, without padding."""
+        return self.layout.num_rows if self.rows is None else len(self.rows)
 
     @property
     def num_padded_rows(self) -> int:
-        """Rows of the micro-batch with its padding."""
+        """Rows of the micro-batch on this rank, with padding."""
         return self.row_positions.numel()
+
+    def take(self, x: Tensor) -> Tensor:
+        """This rank's rows of ``x`` [T, ...] on the CPU."""
+        return x if self.rows is None else x[self.rows]
+
+    def padded(self, x: Tensor) -> Tensor:
+        """This rank's rows of ``x`` [T, ...] on the CPU, with zeros in the padding."""
+        padded = x.new_zeros(self.num_padded_rows, *x.shape[1:])
+        padded[: self.num_rows] = self.take(x)
+        return padded
 
     def as_sbhd(self) -> Self:
         """The same, marked "sbhd": inside an attention layer each row then takes its own rotary frequency (the thd path
@@ -73,12 +164,19 @@ class PrefixPackedSeqParams(PackedSeqParams):
         same.qkv_format = "sbhd"
         return same
 
-    def attend(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, impl: str) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerSettings) -> Tensor:
         """The attention of one layer: q [T, Hq, D], k and v [T, Hkv, D] without padding -> [T, Hq, D].
 
-        A subclass that keeps keys between micro-batches does so here, by ``layer_number`` (megatron-core's, from 1).
-        ``impl`` is resolved.
+        A subclass that keeps keys between micro-batches does so here, by ``layer.number``.
+
+        Raises:
+            ValueError: what the kernel or the exchange of context parallelism cannot do.
         """
-        if impl == "reference":
-            return reference_attention(q, k, v, self.layout, softmax_scale)
-        return grouped_attention(q, k, v, self.calls, softmax_scale, KERNELS[impl])
+        if self.share is not None:
+            if layer.impl == "reference":
+                raise ValueError("impl='reference' holds the whole mask and cannot be split over ranks; use 'sdpa'")
+            kernel = KERNELS[layer.impl]
+            return context_parallel_attention(q, k, v, self.share, layer.cp_comm_type, layer.softmax_scale, kernel)
+        if layer.impl == "reference":
+            return reference_attention(q, k, v, self.layout, layer.softmax_scale)
+        return grouped_attention(q, k, v, self.calls, layer.softmax_scale, KERNELS[layer.impl])

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 import torch
-from torch import Tensor
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_prefix.collectives import group_of_this_rank
 from megatron_prefix.mcore.log_probs import check_token_ids, unwrap
+from megatron_prefix.mcore.model import build_model
+from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import NO_TARGET, Pack
 
 ROWS_PER_FORWARD = 1024
 """Rows of one batch of the oracle: its attention holds [heads, length, length] scores for every sequence."""
 
 
-def repeated_log_probs(model: torch.nn.Module, pack: Pack, *, temperature: float = 1.0) -> Tensor:
+def build_plain_model(config: ModelConfig, **settings: Any) -> GPTModel:
+    """`build_model` with megatron-core's local layer spec, to run repeated prefixes.
+
+    Its local attention has no context parallelism, so under --cp every rank holds whole sequences and computes the same
+    thing; `PolicyTrainer` then counts each rank's gradients as a share.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.cp = group_of_this_rank()
+    return build_model(config, pg_collection=groups, overrides={"context_parallel_size": 1}, **settings)
+
+
+def repeated_log_probs(
+    model: torch.nn.Module, pack: Pack, *, temperature: float = 1.0, with_entropy: bool = False
+) -> Any:
     """Response log-probs of a pack of repeated sequences under a model with megatron-core's plain layer spec.
 
     Neighbouring sequences of one length are one batch [b, length] with a causal mask, and the log-probs are torch's
@@ -26,9 +44,10 @@ def repeated_log_probs(model: torch.nn.Module, pack: Pack, *, temperature: float
         model: the whole model (no pipeline stages), wrapped or not.
         pack: from ``pack_groups(..., repeated=True)``.
         temperature: logits are divided by it.
+        with_entropy: also return the entropy of every distribution.
 
     Returns:
-        fp32 [N] (fp64 for an fp64 model), in the order of ``pack.response_rows``.
+        fp32 [N] (fp64 for an fp64 model), in the order of ``pack.response_rows``; with_entropy: (log_probs, entropy).
 
     Raises:
         ValueError: a pack whose prefixes are shared, or a token id outside the vocabulary.
@@ -39,7 +58,7 @@ def repeated_log_probs(model: torch.nn.Module, pack: Pack, *, temperature: float
     check_token_ids(pack, inner.vocab_size)
     device = next(inner.parameters()).device
     multiple = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
-    parts = []
+    parts, entropies = [], []
     for start, batch, length in _batches(pack):
         rows = slice(start, start + batch * length)
         padded = -(-length // multiple) * multiple
@@ -56,8 +75,11 @@ def repeated_log_probs(model: torch.nn.Module, pack: Pack, *, temperature: float
         wanted = torch.nonzero(targets != NO_TARGET).flatten()
         response = logits[:, :length].flatten(0, 1).index_select(0, wanted)
         scores = response.to(torch.promote_types(response.dtype, torch.float32)) / temperature
-        parts.append(scores.log_softmax(-1).gather(1, targets[wanted].unsqueeze(1)).squeeze(1))
-    return torch.cat(parts)
+        distribution = scores.log_softmax(-1)
+        parts.append(distribution.gather(1, targets[wanted].unsqueeze(1)).squeeze(1))
+        if with_entropy:
+            entropies.append(-(distribution.exp() * distribution).sum(-1))
+    return (torch.cat(parts), torch.cat(entropies)) if with_entropy else torch.cat(parts)
 
 
 def _batches(pack: Pack) -> Iterator[tuple[int, int, int]]:

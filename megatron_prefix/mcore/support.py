@@ -40,7 +40,6 @@ _RULES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("log_max_attention_logit", (False,), "the largest logit of each head is not tracked"),
     ("fused_single_qkv_rope", (False,), "the fused kernel does not take per-row positions"),
     ("flash_decode", (False,), "flash decoding is an inference path"),
-    ("context_parallel_size", (1,), "context parallelism is not implemented"),
     ("mtp_num_layers", (None, 0), "multi-token prediction rolls labels across segments"),
     ("use_mup", (False,), "muP scales logits outside the output layer"),
     ("moe_aux_loss_coeff", (0.0, 0, [0.0]), _EXPERTS),

@@ -35,7 +35,7 @@ class TrainSettings:
         distributed_optimizer: shard optimizer state over data-parallel ranks (reduce-scatter of gradients).
         overlap_grad_reduce: reduce gradients while backward still runs.
         temperature: of the log-probs, as in sampling.
-        chunk_rows: see `response_log_probs`.
+        chunk_rows, cp_placement: see `response_log_probs`.
     """
 
     learning_rate: float = 1e-6
@@ -46,6 +46,7 @@ class TrainSettings:
     overlap_grad_reduce: bool = False
     temperature: float = 1.0
     chunk_rows: int = 4096
+    cp_placement: str = "auto"
 
     def __post_init__(self) -> None:
         for name, minimum in (("learning_rate", 0), ("weight_decay", 0), ("clip_grad", 0), ("chunk_rows", 1)):
@@ -95,9 +96,15 @@ class PolicyTrainer:
             )
         self.settings, self.loss = settings, loss
         self.log_probs_fn: Callable[..., Any] = log_probs or partial(
-            response_log_probs, temperature=settings.temperature, chunk_rows=settings.chunk_rows
+            response_log_probs,
+            temperature=settings.temperature,
+            chunk_rows=settings.chunk_rows,
+            cp_placement=settings.cp_placement,
         )
         self.dp_group = parallel_state.get_data_parallel_group()
+        # Gradients are summed over context-parallel ranks. A model that computes whole sequences on each (the plain
+        # oracle) counts as a share.
+        self.share = model.config.context_parallel_size / parallel_state.get_context_parallel_world_size()
         self.config = model.config
         self.dtype = model.config.params_dtype
         if model.config.bf16:
@@ -209,7 +216,7 @@ class PolicyTrainer:
             entropy=entropy,
             config=self.loss,
         )
-        return loss, torch.ones((), dtype=torch.int, device=device), metrics
+        return loss * self.share, torch.ones((), dtype=torch.int, device=device), metrics
 
     def _global_totals(self, inputs: Sequence[StepInput]) -> BatchTotals:
         mine = BatchTotals(0, 0)
