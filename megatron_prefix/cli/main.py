@@ -3,6 +3,8 @@
 Nothing heavy is imported here, so that `--help` answers at once.
 """
 
+import os
+import time
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -33,6 +35,11 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+PATIENCE_S = 20.0
+"""How long other ranks keep a message back. Bad input fails on every rank; rank 0, maybe the slower one, shows it, and
+torchrun then ends the others. A rank alone with its error shows it after all."""
+
+
 class InputError(click.ClickException):
     """What the user gave cannot be used: the message alone, exit code 2."""
 
@@ -42,7 +49,7 @@ class InputError(click.ClickException):
 class LazyGroup(click.Group):
     """A group that imports a subcommand only to run it or to show its own help.
 
-    The one place where bad input ends: a ValueError raised by any subcommand becomes an InputError.
+    The one place where bad input ends: a ValueError raised by any subcommand becomes an InputError, shown by rank 0.
     """
 
     def __init__(self, *args: Any, table: dict[str, Command], **kwargs: Any) -> None:
@@ -67,8 +74,17 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.ClickException:
+            _leave_it_to_rank_0()
+            raise
         except ValueError as error:
+            _leave_it_to_rank_0()
             raise InputError(str(error)) from error
+
+
+def _leave_it_to_rank_0() -> None:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(PATIENCE_S)
 
 
 @click.group(

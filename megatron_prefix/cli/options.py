@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,8 @@ from megatron_prefix.mcore.model import RECOMPUTE, build_model, transformer_conf
 from megatron_prefix.mcore.parallel import ParallelSizes, initialize
 from megatron_prefix.mcore.training import TrainSettings
 from megatron_prefix.model_config import ModelConfig
+from megatron_prefix.packing import check_pack_limit
+from megatron_prefix.rollouts import RolloutGroup, check_vocabulary
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -71,6 +75,8 @@ class ModelFlags:
     def __post_init__(self) -> None:
         if self.dtype == "auto":
             object.__setattr__(self, "dtype", "bf16" if torch.cuda.is_available() else "fp32")
+        if self.use_te and find_spec("transformer_engine") is None:
+            raise ValueError("--use-te needs Transformer Engine: pip install 'megatron-prefix[te]', or leave it out")
 
     def config(self) -> ModelConfig:
         """The model's shape, from a checkpoint folder or a JSON file.
@@ -101,6 +107,46 @@ class ModelFlags:
         if self.model is not None and self.model.is_dir():
             load_checkpoint(self.model, model, config=config)
         return model
+
+
+def check_groups(groups: Sequence[RolloutGroup], config: ModelConfig, max_tokens_per_pack: int | None) -> None:
+    """Refuse groups that the model or a pack cannot take, before any work.
+
+    Raises:
+        ValueError: a token outside the vocabulary, a sequence longer than the model's positions, a group larger than a
+            pack, or the sampler's log-probs in some groups only.
+    """
+    check_vocabulary(groups, config.vocab_size)
+    for i, group in enumerate(groups):
+        longest = len(group.prompt) + max(map(len, group.responses))
+        if longest > config.max_position_embeddings:
+            raise ValueError(
+                f"group {i} ({group.group_id!r}) has a sequence of {longest} tokens, the model takes "
+                f"{config.max_position_embeddings}; shorten or drop it"
+            )
+        if (group.log_probs is None) != (groups[0].log_probs is None):
+            without = i if group.log_probs is None else 0
+            raise ValueError(
+                f"group {without} ({groups[without].group_id!r}) has no log_probs but others have; give the sampler's "
+                "log_probs for all groups or for none"
+            )
+    check_pack_limit(groups, max_tokens_per_pack)
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Make ``folder`` and see whether files can be written there, before any work.
+
+    Raises:
+        ValueError: they cannot; names the option.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option}: cannot write to the folder {folder} ({error.strerror}); name one that can be written"
+        ) from error
 
 
 def parallel_options(command: Command) -> Command:
@@ -181,11 +227,11 @@ def train_options(command: Command) -> Command:
 
 
 def _gather(command: Command, name: str, kind: type, *options: Callable[[Any], Any]) -> Command:
-    """Collect the options that are fields of ``kind`` into one argument of the command."""
+    """Collect the options that are fields of ``kind`` into one argument of the command; other fields keep defaults."""
 
     @functools.wraps(command)
     def gathered(**kwargs: Any) -> Any:
-        values = {field.name: kwargs.pop(field.name) for field in fields(kind)}
+        values = {field.name: kwargs.pop(field.name) for field in fields(kind) if field.name in kwargs}
         return command(**kwargs, **{name: kind(**values)})
 
     result: Any = gathered

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from megatron_prefix.cli.console import print_json, print_table, progress_bar, s
 from megatron_prefix.cli.options import (
     ModelFlags,
     ParallelFlags,
+    check_groups,
+    check_writable,
     loss_options,
     model_options,
     parallel_options,
@@ -25,15 +29,21 @@ from megatron_prefix.cli.options import (
 from megatron_prefix.cli.plots import plot_comparison
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.loss import LossConfig
-from megatron_prefix.mcore.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, step_folder
+from megatron_prefix.mcore.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+    step_folder,
+)
 from megatron_prefix.mcore.compare import StepComparison, compare_step
 from megatron_prefix.mcore.equivalence import copy_parameters
 from megatron_prefix.mcore.parallel import destroy
 from megatron_prefix.mcore.repeated import repeated_log_probs
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.packing import RolloutTree, balance_groups, check_pack_limit, pack_groups
-from megatron_prefix.rollouts import RolloutGroup, check_vocabulary, read_rollouts
+from megatron_prefix.packing import RolloutTree, balance_groups, pack_groups
+from megatron_prefix.rollouts import RolloutGroup, read_rollouts
 
 
 @click.command("train")
@@ -90,21 +100,33 @@ def train_command(
         raise ValueError("--plot draws the comparison: add --compare 1")
     config = flags.config()
     groups = read_rollouts(rollouts)
-    check_vocabulary(groups, config.vocab_size)
-    _check_positions(groups, config)
-    check_pack_limit(groups, max_tokens_per_pack)
+    check_groups(groups, config, max_tokens_per_pack)
+    if loss.importance_cap is not None and groups[0].log_probs is None:
+        raise ValueError(
+            f"--importance-cap {loss.importance_cap} needs the sampler's log_probs, {rollouts} has none; leave it out"
+        )
+    state = {
+        "seed": seed,
+        "groups_per_step": groups_per_step,
+        "rollouts_sha256": hashlib.sha256(rollouts.read_bytes()).hexdigest(),
+        "optimizer": settings.optimizer,
+        "distributed_optimizer": settings.distributed_optimizer,
+    }
     start = latest_checkpoint(save) if save else None
     if start and not resume:
         raise ValueError(f"--save {save} already holds {start.name}; add --resume to go on, or name another folder")
+    first = _check_resume(start, config, state, rollouts) if start else 0
     sizes = parallel.start(seed)
     if min(groups_per_step, len(groups)) < (sizes.dp or 1):
         raise ValueError(
             f"{min(groups_per_step, len(groups))} groups per step cannot feed {sizes.dp} data-parallel ranks; raise "
             "--groups-per-step"
         )
+    for option, path in (("--save", save), ("--metrics", metrics), ("--plot", plot)):
+        if path is not None:
+            check_writable(option, path if option == "--save" else path.parent)
     model = flags.build(config, sequence_parallel=parallel.sequence_parallel, seed=seed)
     trainer = PolicyTrainer(model, settings, loss)
-    first = _state_step(start)
     batches = [_batch(len(groups), groups_per_step, step, seed) for step in range(first, steps)]
     run = _Run(trainer, groups, max_tokens_per_pack, with_reference=loss.kl_coef > 0)
     run.measure_old_log_probs(sorted({i for batch in batches for i in batch}))
@@ -125,7 +147,7 @@ def train_command(
                     trainer.model,
                     config,
                     optimizer=trainer.optimizer,
-                    state={"step": step, "seed": seed},
+                    state=state | {"step": step},
                     tokenizer_from=flags.model if flags.model and flags.model.is_dir() else None,
                 )
     if not batches:
@@ -189,29 +211,32 @@ class _Run:
 
 
 def _batch(num_groups: int, groups_per_step: int, step: int, seed: int) -> list[int]:
-    """Groups of a step: each epoch is a new seeded order, and a step may run over its end."""
+    """Groups of a step. Each epoch is a new seeded order, cut into whole steps; what is left over sits it out."""
     size = min(groups_per_step, num_groups)
-    picked = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, offset = divmod(position, num_groups)
-        order = list(range(num_groups))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        picked.append(order[offset])
-    return sorted(set(picked))
+    epoch, index = divmod(step, num_groups // size)
+    order = list(range(num_groups))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return sorted(order[index * size : (index + 1) * size])
 
 
-def _check_positions(groups: Sequence[RolloutGroup], config: ModelConfig) -> None:
-    for i, group in enumerate(groups):
-        longest = len(group.prompt) + max(map(len, group.responses))
-        if longest > config.max_position_embeddings:
+def _check_resume(checkpoint: Path, config: ModelConfig, state: Mapping[str, Any], rollouts: Path) -> int:
+    """The step to go on from. Other groups, another order of them or another kind of optimizer cannot go on."""
+    saved = load_state(checkpoint, config=config)
+    missing = sorted({"step", *state} - saved.keys())
+    if missing:
+        raise ValueError(f"--resume: {checkpoint} was not saved by `train`, its state has no {missing[0]}")
+    if saved["rollouts_sha256"] != state["rollouts_sha256"]:
+        raise ValueError(
+            f"--resume: {checkpoint} was trained on a rollouts file with other contents than {rollouts}; give that "
+            "file, or start anew with the checkpoint as --model and another --save"
+        )
+    for name, value in state.items():
+        if saved[name] != value:
             raise ValueError(
-                f"group {i} ({group.group_id!r}) has a sequence of {longest} tokens, the model takes "
-                f"{config.max_position_embeddings}; shorten or drop it"
+                f"--resume: {checkpoint} was saved with {name} {saved[name]}, this run has {name} {value}; use the "
+                "same, or start anew with the checkpoint as --model and another --save"
             )
-
-
-def _state_step(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step_"))
+    return saved["step"]
 
 
 def _append(path: Path | None, record: dict[str, Any]) -> None:
@@ -241,7 +266,8 @@ def _compare(
     fresh = dataclasses.replace(flags, model=None)  # its weights are copied below
     plain_model = fresh.build(config, sequence_parallel=parallel.sequence_parallel, seed=0, plain=True)
     copy_parameters(trainer.model, plain_model)
-    plain = PolicyTrainer(plain_model, trainer.settings, trainer.loss, log_probs=repeated_log_probs)
+    log_probs = partial(repeated_log_probs, temperature=trainer.settings.temperature)
+    plain = PolicyTrainer(plain_model, trainer.settings, trainer.loss, log_probs=log_probs)
     with progress_bar("repeated vs grouped", 5, unit="tokens") as advance:
         return compare_step(trainer, plain, trainer.shard(groups), max_tokens_per_pack, advance)
 

@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_prefix.cli.console import print_json, print_table, progress_bar
-from megatron_prefix.cli.options import ModelFlags, ParallelFlags, model_options, parallel_options
+from megatron_prefix.cli.options import ModelFlags, ParallelFlags, check_groups, model_options, parallel_options
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.equivalence import (
@@ -29,8 +29,7 @@ from megatron_prefix.mcore.parallel import ParallelSizes, destroy
 from megatron_prefix.mcore.repeated import repeated_log_probs
 from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.packing import check_pack_limit
-from megatron_prefix.rollouts import RolloutGroup, check_vocabulary, read_rollouts
+from megatron_prefix.rollouts import RolloutGroup, read_rollouts
 
 TINY_MODEL = ModelConfig(
     num_layers=2,
@@ -90,8 +89,7 @@ def verify_command(
         raise ValueError("bf16 is judged against the plain path's own error: leave out --steps and --tolerance")
     config = TINY_MODEL if tiny and flags.model is None else flags.config()
     groups = read_rollouts(rollouts)[:max_groups] if rollouts else tiny_groups(config.vocab_size, seed)
-    check_vocabulary(groups, config.vocab_size)
-    check_pack_limit(groups, max_tokens_per_pack)
+    check_groups(groups, config, max_tokens_per_pack)
     sizes = parallel.start(seed)
     started = time.perf_counter()
     run = _Run(config, flags, parallel.sequence_parallel, seed)
@@ -152,7 +150,7 @@ class Limits:
         pairs = [
             (found.max_log_prob_rel_diff, self.log_prob),
             (found.loss_rel_diff, self.loss),
-            (found.max_grad_rel_diff, self.gradient),
+            *((value, self.gradient) for value in found.gradients.values()),
             *((value, self.parameter) for value in found.parameters.values()),
         ]
         return all(value <= limit for value, limit in pairs)

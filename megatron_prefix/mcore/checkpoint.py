@@ -60,6 +60,23 @@ def load_config(path: str | Path) -> ModelConfig:
     return ModelConfig.from_json(file)
 
 
+def load_state(path: str | Path, *, config: ModelConfig | None = None) -> dict[str, Any]:
+    """The plain values saved as `state`; reads no weights, so a run can refuse a checkpoint before any work.
+
+    Raises ValueError as `load_checkpoint` does: no checkpoint folder, or a model of another config.
+    """
+    path = Path(path)
+    saved = load_config(path)
+    if config is not None:
+        _compare_configs(path, saved, config)
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path / STATE_FILE} cannot be read ({error}): the checkpoint is damaged") from error
+    assert isinstance(state, dict)
+    return state
+
+
 def save_checkpoint(
     path: str | Path,
     model: Model,
@@ -119,9 +136,7 @@ def load_checkpoint(
     with what was expected and what was found; a tensor that is missing or left over; no optimizer state in the file.
     """
     path = Path(path)
-    saved = load_config(path)
-    if config is not None:
-        _compare_configs(path, saved, config)
+    state = load_state(path, config=config)
     weights = path / _WEIGHTS
     if not dist_checkpointing.check_is_distributed_checkpoint(str(weights)):
         raise ValueError(f"{weights} holds no megatron-core weights: the checkpoint is damaged, make it again")
@@ -135,8 +150,6 @@ def load_checkpoint(
         chunk.load_state_dict(loaded[name])
     if optimizer is not None:
         _load_optimizer(optimizer, loaded["optimizer"])
-    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    assert isinstance(state, dict)
     return state
 
 
