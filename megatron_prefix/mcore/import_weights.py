@@ -24,7 +24,8 @@ def import_weights(
 ) -> bool:
     """Write `source` as a checkpoint folder at `out`, in `dtype`; True when a tokenizer was written with it.
 
-    config: the source's, or `weights.padded_config` of it. advance: called after every tensor, with a word on what goes on.
+    config: the source's, or `weights.padded_config` of it.
+    advance: called after every tensor, with a word on what comes next.
     Runs in one process: a checkpoint is cut for tensor parallelism when it is loaded.
     Raises ValueError as `save_checkpoint`, and for a tokenizer that cannot be written exactly; nothing is written then.
     """
