@@ -43,7 +43,8 @@ class Differences:
     Attributes:
         max_log_prob_diff: largest absolute difference, in nats.
         max_log_prob_rel_diff: the same over the largest absolute log-prob (at least 1).
-        loss_rel_diff: relative to the larger of the loss and 1e-3.
+        loss_rel_diff: relative to the larger of the loss and 0.1: its terms are of the size of normalised advantages and
+            cancel, so the rounding of fp32 is relative to them.
         gradients: per parameter, the norm of the difference over the norm of the reference, which counts as at least
             `SMALLEST_SHARE` of that of all gradients; empty with the distributed optimizer, which leaves each rank a
             shard of the sums.
@@ -113,7 +114,7 @@ def differences(result: Evaluation, reference: Evaluation) -> Differences:
     scale = max(1.0, reference.log_probs.abs().max().item())
     mine = {
         "log_probs": (diff, scale),
-        "loss": abs(result.loss - reference.loss) / max(abs(reference.loss), 1e-3),
+        "loss": abs(result.loss - reference.loss) / max(abs(reference.loss), 0.1),
         "gradients": _squares(result.gradients, reference.gradients),
         "parameters": _squares(result.parameters, reference.parameters),
     }
