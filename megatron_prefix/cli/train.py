@@ -125,7 +125,7 @@ def train_command(
     for option, path in (("--save", save), ("--metrics", metrics), ("--plot", plot)):
         if path is not None:
             check_writable(option, path if option == "--save" else path.parent)
-    model = flags.build(config, sequence_parallel=parallel.sequence_parallel, seed=seed)
+    model = flags.build(config, parallel, seed=seed)
     trainer = PolicyTrainer(model, settings, loss)
     batches = [_batch(len(groups), groups_per_step, step, seed) for step in range(first, steps)]
     run = _Run(trainer, groups, max_tokens_per_pack, with_reference=loss.kl_coef > 0)
@@ -264,7 +264,7 @@ def _compare(
     max_tokens_per_pack: int | None,
 ) -> StepComparison:
     fresh = dataclasses.replace(flags, model=None)  # its weights are copied below
-    plain_model = fresh.build(config, sequence_parallel=parallel.sequence_parallel, seed=0, plain=True)
+    plain_model = fresh.build(config, parallel, seed=0, plain=True)
     copy_parameters(trainer.model, plain_model)
     log_probs = partial(repeated_log_probs, temperature=trainer.settings.temperature)
     plain = PolicyTrainer(plain_model, trainer.settings, trainer.loss, log_probs=log_probs)

@@ -13,7 +13,14 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_prefix.cli.console import print_json, print_table, progress_bar
-from megatron_prefix.cli.options import ModelFlags, ParallelFlags, check_groups, model_options, parallel_options
+from megatron_prefix.cli.options import (
+    ModelFlags,
+    ParallelFlags,
+    check_groups,
+    cp_placement_option,
+    model_options,
+    parallel_options,
+)
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.equivalence import (
@@ -53,6 +60,7 @@ SHOWN_PARAMETERS = 8
     "--steps", type=click.IntRange(0), default=0, help="Also compare parameters after so many optimizer steps."
 )
 @click.option("--tolerance", type=float, help="Largest relative difference; default 1e-10 (fp64), 1e-5 (fp32).")
+@cp_placement_option
 @click.option("--seed", type=int, default=0, help="Of random weights, groups and the made-up old policy.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
 @model_options
@@ -64,6 +72,7 @@ def verify_command(
     max_tokens_per_pack: int | None,
     steps: int,
     tolerance: float | None,
+    cp_placement: str,
     seed: int,
     as_json: bool,
     flags: ModelFlags,
@@ -92,7 +101,7 @@ def verify_command(
     check_groups(groups, config, max_tokens_per_pack)
     sizes = parallel.start(seed)
     started = time.perf_counter()
-    run = _Run(config, flags, parallel.sequence_parallel, seed)
+    run = _Run(config, flags, parallel, seed, cp_placement)
     with progress_bar("verify", 3 if flags.dtype == "bf16" else 2, unit="rows") as advance:
         grouped = run.trainer(flags.torch_dtype)
         grouped_inputs, repeated_inputs = make_inputs(grouped, grouped.shard(groups), max_tokens_per_pack, seed)
@@ -159,8 +168,11 @@ class Limits:
 class _Run:
     """Builds the trainers of one verification, all with the same weights."""
 
-    def __init__(self, config: ModelConfig, flags: ModelFlags, sequence_parallel: bool, seed: int) -> None:
-        self.config, self.flags, self.sequence_parallel, self.seed = config, flags, sequence_parallel, seed
+    def __init__(
+        self, config: ModelConfig, flags: ModelFlags, parallel: ParallelFlags, seed: int, cp_placement: str
+    ) -> None:
+        self.config, self.flags, self.parallel, self.seed = config, flags, parallel, seed
+        self.settings = TrainSettings(learning_rate=1e-3, clip_grad=0.0, cp_placement=cp_placement)
 
     def trainer(
         self, dtype: torch.dtype, *, plain: bool = False, weights: torch.nn.Module | None = None
@@ -172,11 +184,10 @@ class _Run:
                 "dtype": {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
             }
         )
-        model = flags.build(self.config, sequence_parallel=self.sequence_parallel, seed=self.seed, plain=plain)
+        model = flags.build(self.config, self.parallel, seed=self.seed, plain=plain)
         if weights is not None:
             copy_parameters(weights, model)
-        settings = TrainSettings(learning_rate=1e-3, clip_grad=0.0)
-        return PolicyTrainer(model, settings, LossConfig(), log_probs=repeated_log_probs if plain else None)
+        return PolicyTrainer(model, self.settings, LossConfig(), log_probs=repeated_log_probs if plain else None)
 
 
 def tiny_groups(vocab_size: int, seed: int) -> list[RolloutGroup]:
@@ -216,6 +227,7 @@ def _report(
         "max_param_rel_diff": max(found.parameters.values(), default=None),
         "tolerance": limits.gradient,
         "tp": sizes.tp,
+        "cp": sizes.cp,
         "dp": sizes.dp,
         "layers": config.num_layers,
     }

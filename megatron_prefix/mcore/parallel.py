@@ -16,7 +16,8 @@ from megatron.core import parallel_state, tensor_parallel
 class ParallelSizes:
     """Sizes of the parallel dimensions: tensor, pipeline, context, virtual pipeline stages per rank, data.
 
-    `dp=None` means "what is left"; `resolve` fills it in.
+    `dp=None` means "what is left"; `resolve` fills it in. `cp_a2a` is the size of the inner groups of cp_comm_type
+    "a2a+p2p", None without them.
     """
 
     tp: int = 1
@@ -24,14 +25,22 @@ class ParallelSizes:
     cp: int = 1
     vpp: int | None = None
     dp: int | None = None
+    cp_a2a: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "cp", "vpp", "dp"):
+        for name in ("tp", "pp", "cp", "vpp", "dp", "cp_a2a"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.vpp is not None and self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp={self.vpp} needs pp > 1; got pp=1: leave vpp out or raise pp")
+        if self.cp_a2a is not None and self.cp % self.cp_a2a:
+            raise ValueError(f"cp_a2a={self.cp_a2a} must divide cp={self.cp}: choose a divisor or leave it out")
+
+    @property
+    def cp_levels(self) -> list[int] | None:
+        """megatron-core's hierarchical_context_parallel_sizes: [a2a size, p2p size], None without cp_a2a."""
+        return None if self.cp_a2a is None else [self.cp_a2a, self.cp // self.cp_a2a]
 
     def resolve(self, world_size: int) -> "ParallelSizes":
         """These sizes with `dp` filled in for `world_size` processes.
@@ -97,6 +106,7 @@ def initialize(
         pipeline_model_parallel_size=resolved.pp,
         virtual_pipeline_model_parallel_size=resolved.vpp,
         context_parallel_size=resolved.cp,
+        hierarchical_context_parallel_sizes=resolved.cp_levels,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     seed_everything(seed)
