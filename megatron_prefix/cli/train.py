@@ -28,6 +28,7 @@ from megatron_prefix.cli.options import (
 )
 from megatron_prefix.cli.plots import plot_comparison
 from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.context_parallel.plan import CpPlan
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.checkpoint import (
     latest_checkpoint,
@@ -134,6 +135,8 @@ def train_command(
         load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
     console = stderr_console()
     console.print(_banner(config, flags, sizes, len(groups), first, steps))
+    if sizes.cp > 1:
+        console.print(_placement(groups[0], sizes.cp, settings.cp_placement, parallel.cp_comm_type))
     result: dict[str, Any] = {"steps": steps, "resumed_from": first}
     with progress_bar("train", max(steps - first, 0), unit="tokens") as advance:
         for step, batch in enumerate(batches, start=first + 1):
@@ -253,6 +256,13 @@ def _banner(config: ModelConfig, flags: ModelFlags, sizes: Any, groups: int, fir
         f"impl {resolve_impl(flags.impl, device)}, tp {sizes.tp}, dp {sizes.dp}; "
         f"{groups} groups, steps {first} to {steps}"
     )
+
+
+def _placement(group: RolloutGroup, cp_size: int, placement: str, comm_type: str) -> str:
+    """Where context parallelism puts the rows of a group, which "auto" decides for every pack anew."""
+    plan = CpPlan.build(RolloutTree.from_group(group).layout, cp_size, placement)
+    shares = "/".join(str(layout.num_rows) for layout in plan.local_layouts)
+    return f"cp {cp_size}, {comm_type}, placement {placement}: the first group's rows go {shares} by {plan.name}"
 
 
 def _compare(

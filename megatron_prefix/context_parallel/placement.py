@@ -2,8 +2,8 @@
 
 `dual_chunk_swap` cuts every segment into 2 * cp_size chunks and gives rank r the chunks r and 2 * cp_size - 1 - r,
 which balances a causal mask (Transformer Engine's order, per segment). `branch` cuts only segments that others attend
-to in that way and places whole responses on ranks, balanced by attention area, so that the keys of a response stay where
-they are; what does not fit within the balance is cut.
+to in that way and places whole responses on ranks, balanced by attention area, so that the keys of a response stay
+where they are; what does not fit within the balance is cut.
 """
 
 from __future__ import annotations
