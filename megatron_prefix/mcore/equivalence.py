@@ -43,7 +43,7 @@ class Differences:
     Attributes:
         max_log_prob_diff: largest absolute difference, in nats.
         max_log_prob_rel_diff: the same over the largest absolute log-prob (at least 1).
-        loss_rel_diff: relative to the larger of the loss and 0.1: its terms are of the size of normalised advantages and
+        loss_rel_diff: relative to the larger of the loss and 0.1: its terms have the size of normalised advantages and
             cancel, so the rounding of fp32 is relative to them.
         gradients: per parameter, the norm of the difference over the norm of the reference, which counts as at least
             `SMALLEST_SHARE` of that of all gradients; empty with the distributed optimizer, which leaves each rank a

@@ -1,0 +1,263 @@
+"""Prefix groups against plain megatron-core on repeated prefixes: log-probs, loss, gradients, trained parameters."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_prefix import LossConfig, PrefixLayout
+from megatron_prefix.attention.calls import AttentionCalls
+from megatron_prefix.attention.sdpa import SdpaKernel
+from megatron_prefix.mcore.equivalence import TOLERANCE, Evaluation, differences
+from megatron_prefix.mcore.packed import PrefixPackedSeqParams
+from tests import equivalence_cases as ec
+from tests.distributed import run_distributed
+
+TIMEOUT_S = 400  # for a busy machine; alone it is a tenth
+CASES = ec.covering_cases()
+WORLD_SIZES = sorted({case.tp * case.dp for case in CASES})
+
+
+def test_the_cases_cover_every_pair_of_values() -> None:
+    covered = set().union(*(ec.pairs_of_values({f: getattr(case, f) for f in ec.FACTORS}) for case in CASES))
+    assert covered >= ec.all_pairs()
+    assert len({case.name for case in CASES}) == len(CASES) < 40
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[dict[str, Any]]]:
+    """Results of every case by rank: one start of processes per world size."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for world_size in WORLD_SIZES:
+        cases = [case for case in CASES if case.tp * case.dp == world_size]
+        ranks = run_distributed(ec.compare_all, world_size, cases, timeout_s=TIMEOUT_S)
+        results |= {case.name: [rank[case.name] for rank in ranks] for case in cases}
+    return results
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_equal_to_plain_megatron_core(case: ec.Case, found: dict[str, list[dict[str, Any]]]) -> None:
+    limit = TOLERANCE[case.torch_dtype]
+    for result in found[case.name]:
+        shown = {key: value for key, value in result.items() if not isinstance(value, dict)}
+        assert result["max_log_prob_diff"] <= limit * 10, shown
+        assert result["max_log_prob_rel_diff"] <= limit, shown
+        assert result["loss_rel_diff"] <= limit, shown
+        assert max(result["gradients"].values(), default=0.0) <= limit, result["gradients"]
+        assert max(result["parameters"].values()) <= limit, result["parameters"]
+        assert result["worst"] <= limit
+        # and the comparison had something to compare
+        assert bool(result["gradients"]) is ("distributed" not in case.optimizer)
+        assert result["moved"] > 3e-4 and abs(result["loss"]) > 1e-4 and math.isfinite(result["loss"])
+        assert (result["packs"] > 1) is (case.several_packs and case.dp == 1) or case.dp == 2
+
+
+# ---- half precision
+
+BF16 = {"tp1": ec.Case(trees=True), "tp1 recompute": ec.Case(recompute="full", qk_layernorm=True)}
+
+
+def compare_bf16(rank: int, world_size: int) -> dict[str, Any]:
+    return {name: ec.in_groups(1, 1, ec.compare_bf16, case) for name, case in BF16.items()}
+
+
+def test_bf16_is_within_twice_the_plain_paths_own_error() -> None:
+    (result,) = run_distributed(compare_bf16, 1, timeout_s=TIMEOUT_S)
+    for name in BF16:
+        for quantity in ("log_probs", "gradients"):
+            mine, plain = result[name][quantity]
+            assert 0 < mine <= 2 * plain, f"{name}: {quantity} {mine} against {plain}"
+
+
+# ---- losses
+
+FP64 = ec.Case()
+
+
+def losses(rank: int, world_size: int) -> Any:
+    return ec.in_groups(1, 1, ec.compare_losses, FP64)
+
+
+def test_every_loss_setting() -> None:
+    """GSPO, KL, entropy, truncated importance: against an oracle written in the test, entropy's gradient included."""
+    (found,) = run_distributed(losses, 1, timeout_s=TIMEOUT_S)
+    for name, result in found.items():
+        assert result.worst <= 1e-10, f"{name}: {result}"
+
+
+CUT_LOSSES = [LossConfig(), ec.LOSSES["gspo"], ec.LOSSES["kl and entropy"]]
+
+
+def evaluate_cuts(rank: int, world_size: int, cuts: list[int | None]) -> list[Evaluation]:
+    def all_cuts() -> list[Evaluation]:
+        return [
+            ec.loss_and_gradients(replace(FP64, dp=world_size), loss, max_tokens_per_pack=cut)
+            for loss in CUT_LOSSES
+            for cut in cuts
+        ]
+
+    return ec.in_groups(1, world_size, all_cuts)
+
+
+def test_the_loss_is_the_same_however_the_batch_is_cut() -> None:
+    """One pack, many packs, two data-parallel ranks: the same loss and gradients of the global batch."""
+    (whole,) = run_distributed(evaluate_cuts, 1, [None, 23, 16], timeout_s=TIMEOUT_S)
+    ranks = run_distributed(evaluate_cuts, 2, [None, 20], timeout_s=TIMEOUT_S)
+    for i in range(len(CUT_LOSSES)):
+        one_pack, *others = whole[3 * i : 3 * i + 3]
+        others += [rank[2 * i + cut] for rank in ranks for cut in range(2)]
+        assert abs(one_pack.loss) > 1e-4
+        for other in others:
+            assert other.loss == pytest.approx(one_pack.loss, rel=1e-10)
+            for name, gradient in one_pack.gradients.items():
+                assert (other.gradients[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
+
+
+# ---- the ratio of a policy to itself
+
+
+SELF = {
+    1: [ec.Case(dtype="float32", trees=True), ec.Case(dtype="float32", recompute="full", position="yarn")],
+    2: [ec.Case(dtype="float32", tp=2, sequence_parallel=True, tied=True), ec.Case(dtype="float32", dp=2)],
+}
+
+
+def self_ratios(rank: int, world_size: int) -> list[dict[str, float]]:
+    return [ec.in_groups(case.tp, case.dp, ec.self_ratio, case) for case in SELF[world_size]]
+
+
+@pytest.mark.parametrize("world_size", SELF)
+def test_the_ratio_of_a_policy_to_itself_is_1(world_size: int) -> None:
+    for rank in run_distributed(self_ratios, world_size, timeout_s=TIMEOUT_S):
+        for metrics in rank:
+            assert abs(metrics["ratio"] - 1) <= 1e-6 and abs(metrics["ratio_max"] - 1) <= 1e-6
+            assert metrics["old_kl"] <= 1e-12  # no ratio below 1 either
+            assert metrics["clip_low"] == metrics["clip_high"] == metrics["nonfinite"] == 0
+
+
+# ---- deliberate errors: the comparison must notice each
+
+
+@contextmanager
+def positions_off_by_one() -> Iterator[None]:
+    """Responses start on the position of their parent's last row (RoPE does not see a whole sequence shifted)."""
+    build = PrefixPackedSeqParams.build
+
+    def wrong(layout: PrefixLayout, device: torch.device, **options: Any) -> PrefixPackedSeqParams:
+        packed = build(layout, device, **options)
+        positions = packed.row_positions.clone()
+        for start, length, first in zip(layout.starts, layout.lengths, layout.first_positions, strict=False):
+            if first > 0:
+                positions[start : start + length] -= 1
+        return replace(packed, row_positions=positions)
+
+    with mock.patch.object(PrefixPackedSeqParams, "build", wrong):
+        yield
+
+
+@contextmanager
+def changed_calls(change: Any) -> Iterator[None]:
+    build = AttentionCalls.build
+    with mock.patch.object(AttentionCalls, "build", lambda *args: change(build(*args))):
+        yield
+
+
+@contextmanager
+def no_gradient_into_ancestors() -> Iterator[None]:
+    backward = SdpaKernel.backward
+
+    def wrong(self: SdpaKernel, grads: Any, dout: Any, qkv: Any, out: Any, lse: Any, call: Any, scale: float) -> None:
+        spare = tuple(torch.zeros_like(grad) for grad in grads[1:])
+        backward(self, grads if call.causal else (grads[0], *spare), dout, qkv, out, lse, call, scale)
+
+    with mock.patch.object(SdpaKernel, "backward", wrong):
+        yield
+
+
+MUTANTS = {
+    "none": (changed_calls, (lambda calls: calls,)),
+    "positions off by one": (positions_off_by_one, ()),
+    "no ancestors": (changed_calls, (lambda calls: replace(calls, ancestors=()),)),
+    "missing last level": (changed_calls, (lambda calls: replace(calls, ancestors=calls.ancestors[:-1]),)),
+    "rows see what follows": (changed_calls, (lambda calls: replace(calls, own=replace(calls.own, causal=False)),)),
+    "no gradient into ancestors": (no_gradient_into_ancestors, ()),
+}
+
+
+def compare_mutants(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, (mutant, args) in MUTANTS.items():
+        for position in ("rope", "learned"):
+            with mutant(*args):
+                case = ec.Case(trees=True, position=position)
+                found[f"{name}, {position}"] = ec.in_groups(1, 1, ec.compare, case)
+    return found
+
+
+def test_deliberate_errors_are_noticed() -> None:
+    (found,) = run_distributed(compare_mutants, 1, timeout_s=TIMEOUT_S)
+    for name, result in found.items():
+        if name.startswith("none"):
+            assert result["worst"] <= 1e-10
+            continue
+        assert result["worst"] > 1e-4, name
+        assert max(result["gradients"].values()) > 1e-4, name
+        if "no gradient" not in name:
+            assert result["max_log_prob_diff"] > 1e-4, name
+
+
+# ---- the comparison itself
+
+
+def evaluation(log_prob: float = -1.0, loss: float = 0.5, gradient: float = 2.0) -> Evaluation:
+    return Evaluation(torch.tensor([-2.0, log_prob]), loss, {"w": torch.tensor([gradient, 1.0])})
+
+
+def compare_with_nan(rank: int, world_size: int) -> list[float]:
+    """The worst difference where only the last rank has a NaN."""
+    nan = math.nan if rank == world_size - 1 else 1.0
+    wrong = [evaluation(log_prob=-1.0 * nan), evaluation(loss=0.5 * nan), evaluation(gradient=2.0 * nan)]
+    return [differences(each, evaluation()).worst for each in [evaluation(), *wrong]]
+
+
+def test_a_nan_on_any_rank_is_an_infinite_difference() -> None:
+    for rank in run_distributed(compare_with_nan, 2):
+        assert rank == [0.0, math.inf, math.inf, math.inf]
+
+
+def compare_numbers(rank: int, world_size: int) -> Any:
+    found = [differences(evaluation(log_prob=-1.5), evaluation()), differences(evaluation(loss=0.25), evaluation()),
+             differences(evaluation(gradient=3.0), evaluation())]  # fmt: skip
+    try:
+        differences(replace(evaluation(), gradients={"v": torch.ones(2)}), evaluation())
+    except ValueError as error:
+        return found, str(error)
+    return found, ""
+
+
+def test_differences_by_hand() -> None:
+    ((found, refusal),) = run_distributed(compare_numbers, 1)
+    assert found[0].max_log_prob_diff == 0.5 and found[0].max_log_prob_rel_diff == 0.25
+    assert found[1].loss_rel_diff == 0.5
+    assert found[2].max_grad_rel_diff == pytest.approx(1 / math.sqrt(5))
+    assert "different parameters: ['v', 'w']" in refusal
+
+
+def compare_vanishing_gradients(rank: int, world_size: int) -> list[float]:
+    """A gradient that is 0 but for rounding, beside a large one: rounding passes, a true difference does not."""
+    reference = replace(evaluation(), gradients={"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([1e-9])})
+    return [
+        differences(replace(reference, gradients=reference.gradients | {"b": torch.tensor([b])}), reference).worst
+        for b in (-1e-9, 1e-3)
+    ]
+
+
+def test_gradients_that_vanish_are_measured_against_the_whole() -> None:
+    (found,) = run_distributed(compare_vanishing_gradients, 1)
+    assert found[0] == pytest.approx(2e-9 / 5e-3)
+    assert found[1] == pytest.approx(1e-3 / 5e-3, rel=1e-5)
