@@ -30,7 +30,8 @@ class TrainSettings:
     """How parameters are updated.
 
     Attributes:
-        learning_rate, weight_decay, clip_grad: of megatron-core's Adam; ``clip_grad`` 0 turns clipping off.
+        learning_rate, weight_decay, clip_grad: of megatron-core's Adam; ``clip_grad`` 0 turns clipping off. As in
+            Megatron-LM, norm weights and biases do not decay.
         optimizer: "adam" or "sgd".
         distributed_optimizer: shard optimizer state over data-parallel ranks (reduce-scatter of gradients).
         overlap_grad_reduce: reduce gradients while backward still runs.
@@ -157,6 +158,10 @@ class PolicyTrainer:
             ValueError: no micro-batch on this rank.
         """
         metrics = self.gradients(inputs)
+        # What megatron-core leaves to a scheduler: a loaded checkpoint brought the values that it was saved with.
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate
+            group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
         updated, grad_norm, _ = self.optimizer.step()
         return metrics | {"grad_norm": float(grad_norm or 0.0), "updated": float(updated)}
 
