@@ -212,6 +212,18 @@ def test_bad_input_is_refused(prompts: list[list[int]], changes: dict[str, Any],
         sample(model, prompts, **changes)
 
 
+def sample_on_context_parallel_rank(rank: int, world_size: int) -> str:
+    start(cp=world_size)
+    with pytest.raises(ValueError) as refusal:
+        sample(prefix_model(tiny_config()), [[1, 2]])
+    return str(refusal.value)
+
+
+def test_context_parallelism_is_refused() -> None:
+    refusals = run_distributed(sample_on_context_parallel_rank, 2)
+    assert all("context_parallel_size is 2; use cp=1" in refusal for refusal in refusals)
+
+
 def sample_on_rank(rank: int, world_size: int, sequence_parallel: bool) -> tuple[list[list[list[int]]], float]:
     start(tp=world_size)
     model = prefix_model(tiny_config(), sequence_parallel=sequence_parallel)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -261,3 +262,21 @@ def test_corrupt_files_never_raise_anything_else(tmp_path):
             outcomes["refused"] += 1
     assert outcomes["refused"] > 300, outcomes
     assert outcomes["read"] > 50, outcomes
+
+
+def test_notes_stand_beside_the_group(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    group = RolloutGroup([1, 2], [[3]], [0.5], "a")
+    write_rollouts(file, [group], [{"task": "sums", "answer": "3"}])
+    assert json.loads(file.read_text())["task"] == "sums"
+    assert read_rollouts(file) == [group]
+
+
+@pytest.mark.parametrize(
+    ("notes", "message"),
+    [([], "0 notes for 1 groups"), ([{"prompt": "text"}], "uses the key 'prompt' of the group itself")],
+)
+def test_notes_that_do_not_fit_are_refused(tmp_path: Path, notes: list[dict[str, str]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_rollouts(tmp_path / "r.jsonl", [RolloutGroup([1, 2], [[3]], [0.5])], notes)
+    assert not any(tmp_path.iterdir())

@@ -153,6 +153,15 @@ def test_bad_generators_are_refused(source: TaskSource, message: str) -> None:
         reasoning_gym_tasks(source, seed=0)
 
 
+def test_a_missing_package_names_the_extra(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ImportError, match=r"pip install 'megatron-prefix\[cli\]'"):
+        reasoning_gym_tasks(TaskSource("chain_sum", 1, {}), seed=0)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"pip install 'megatron-prefix\[cli\]'"):
+        ChatTokenizer(checkpoint)
+
+
 def test_prompts_of_a_file(prompts: Path) -> None:
     first, second = read_prompts(prompts)
     assert (first.name, first.prompt, second.name, second.answer) == ("prompts", "What is 1 + 1?", "say", "a")
@@ -269,6 +278,7 @@ def test_an_existing_file_is_not_overwritten(checkpoint: Path, prompts: Path, tm
     ("arguments", "message"),
     [
         ((), "give --task or --prompts"),
+        (("--cp", "2"), "--cp 2: sampling does not cut a sequence"),
         (("--task", "no_such_task:1"), "reasoning-gym refuses"),
         (("--task", "chain_sum:1", "--tokenizer", "{folder}"), "has no tokenizer.json"),
     ],

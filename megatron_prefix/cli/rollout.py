@@ -85,6 +85,10 @@ def rollout_command(
         raise ValueError(f"{out} exists already; choose another --out, or give --overwrite")
     if not out.parent.is_dir():
         raise ValueError(f"--out: there is no folder {out.parent}; create it first")
+    if parallel.cp != 1:
+        raise ValueError(
+            f"--cp {parallel.cp}: sampling does not cut a sequence over ranks; use --dp, which shares the prompts"
+        )
     config = flags.config()
     wanted = [task for text in tasks for task in reasoning_gym_tasks(TaskSource.parse(text), seed)]
     wanted += read_prompts(prompts) if prompts else []
@@ -94,7 +98,7 @@ def rollout_command(
     text = ChatTokenizer(tokenizer or flags.model)
     encoded = [text.encode_prompt(task.prompt) for task in wanted]
     parallel.start(seed)
-    model = flags.build(config, sequence_parallel=parallel.sequence_parallel, seed=seed)
+    model = flags.build(config, parallel, seed=seed)
     started = time.perf_counter()
     mine = _share(len(wanted))
     with progress_bar("sample", len(mine) * group_size, unit="tokens") as advance:
@@ -217,21 +221,12 @@ def _show(results: Sequence[_Result]) -> None:
                 f"{values['mean_response_tokens']:.1f}",
                 f"{values['truncated_share']:.0%}",
                 f"{values['mean_reward']:.3f}",
-                f"{values['reward_0_share']:.0%} / {values['reward_1_share']:.0%}",
+                f"{100 * values['reward_0_share']:.0f}/{values['reward_1_share']:.0%}",
                 values["mixed_groups"],
             )
         )
-    columns = (
-        "task",
-        "prompts",
-        "prompt tokens",
-        "response tokens",
-        "truncated",
-        "mean reward",
-        "reward 0 / 1",
-        "mixed groups",
-    )
-    print_table("rollouts", columns, rows)
+    columns = ("task", "prompts", "prompt", "response", "cut", "reward", "0/1", "mixed")
+    print_table("rollouts: mean lengths in tokens, rewards, groups with mixed rewards", columns, rows)
     errors = Counter(score.error for result in results for score in result.scores if score.error is not None)
     for error, count in errors.items():
         stderr_console().print(

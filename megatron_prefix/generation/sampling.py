@@ -178,6 +178,12 @@ def _check_prompts(
 ) -> None:
     if not (inner.pre_process and inner.post_process):
         raise ValueError("sampling needs the whole model in one pipeline stage; use pp=1")
+    cp_size = inner.config.context_parallel_size
+    if cp_size > 1:
+        raise ValueError(
+            f"sampling does not cut a sequence over ranks, context_parallel_size is {cp_size}; "
+            "use cp=1 (more data-parallel ranks share the prompts)"
+        )
     for token in eos_token_ids:
         if not 0 <= token < inner.vocab_size:
             raise ValueError(f"eos token id {token} is outside the model's vocabulary of {inner.vocab_size}")
