@@ -1,0 +1,344 @@
+"""`megatron-prefix train`: resuming, packs, losses, the comparison, and what it prints and writes."""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from megatron_prefix.cli.train import _batch
+from megatron_prefix.mcore.checkpoint import load_config, load_state
+from megatron_prefix.packing import pack_groups
+from megatron_prefix.rollouts import read_rollouts
+from tests.cli_runs import Arguments, Run, one_line, run_cli, write_groups, write_model
+
+COMMON = ("--groups-per-step", "2", "--lr", "1e-2", "--seed", "3")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    write_model(folder)
+    write_groups(folder, log_probs=True)
+    return folder
+
+
+def train(files: Path, *arguments: str | Path) -> Arguments:
+    return ("train", "--model", files / "model.json", "--rollouts", files / "rollouts.jsonl", *COMMON, *arguments)
+
+
+def succeed(runs: Sequence[Sequence[Run]]) -> list[Run]:
+    """Rank 0 of invocations of which none failed."""
+    for ranks in runs:
+        for run in ranks:
+            assert run.exit_code == 0 and not run.crash, run.crash + run.stderr
+    return [ranks[0] for ranks in runs]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, optimizer state included, by its path."""
+    whole = checkpoint.parent / f"{checkpoint.name}.pt"
+    dcp_to_torch_save(checkpoint / "weights", whole)
+    return dict(_leaves(torch.load(whole, weights_only=False), ""))
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's tensors."""
+    found = {name: value for name, value in tensors(checkpoint).items() if not name.startswith("/optimizer")}
+    assert len(found) == 9 and "/decoder.layers.self_attention.linear_qkv.weight" in found
+    return found
+
+
+def _leaves(tree: Any, path: str) -> Any:
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{path}/{key}")
+
+
+def in_two_parts(files: Path, out: Path, name: str, *arguments: str, steps: int = 4) -> list[Arguments]:
+    """The command lines of a run of ``steps`` steps, and of one that is stopped in the middle and resumed."""
+    common = (*arguments, "--json")
+    halves = ("--save", out / f"{name}-halves", "--metrics", out / f"{name}-halves.jsonl")
+    return [
+        train(files, "--steps", f"{steps}", "--save", out / f"{name}-whole", "--metrics", out / f"{name}-whole.jsonl",
+              *common),
+        train(files, "--steps", f"{steps // 2}", *halves, *common),
+        train(files, "--steps", f"{steps}", "--resume", *halves, *common),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_process(files: Path) -> dict[str, Run]:
+    """Runs of one process, all in one new process."""
+    out = files / "one"
+    resumable = in_two_parts(files, out, "plain", "--kl-coef", "0.1")
+    resumable += in_two_parts(files, out, "distributed", "--distributed-optimizer", "--weight-decay", "0.1", steps=2)
+    invocations: dict[str, Arguments] = dict(zip(
+        ("whole", "first half", "second half", "whole, distributed", "first, distributed", "second, distributed"),
+        resumable, strict=True,
+    ))  # fmt: skip
+    base = ("--steps", "3", "--metrics")
+    variants: dict[str, tuple[str, ...]] = {
+        "base": (),
+        "packs": ("--max-tokens-per-pack", "25"),
+        "chunks": ("--chunk-rows", "3", "--recompute", "full"),
+        "kl": ("--kl-coef", "0.5", "--kl-estimator", "k2"),
+        "gspo": ("--ratio", "sequence", "--aggregation", "sequence", "--clip-low", "3e-4", "--clip-high", "4e-4"),
+        "constant": ("--aggregation", "constant", "--constant-length", "8"),
+        "sequence": ("--aggregation", "sequence"),
+        "importance": ("--importance-cap", "1.1"),
+        "entropy": ("--entropy-coef", "0.2"),
+        "temperature": ("--temperature", "0.5"),
+        "sgd": ("--optimizer", "sgd"),
+        "clipped": ("--clip-grad", "1e-3"),
+    }
+    for name, arguments in variants.items():
+        invocations[name] = train(files, *base, out / f"{name}.jsonl", *arguments)
+    settings = ("--temperature", "0.5", "--entropy-coef", "0.1", "--kl-coef", "0.1", "--importance-cap", "1.1")
+    invocations["compare"] = train(
+        files, "--steps", "1", "--compare", "3", "--plot", out / "pictures" / "plot.png", "--json", *settings
+    )
+    invocations["compare, distributed"] = train(
+        files, "--steps", "0", "--compare", "1", "--json", "--distributed-optimizer"
+    )
+    return dict(zip(invocations, succeed(run_cli(*invocations.values())), strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_processes(files: Path) -> dict[str, Run]:
+    """Runs of two processes, all in one new pair of them."""
+    out = files / "two"
+    invocations = in_two_parts(files, out, "dp", "--dp", "2", "--distributed-optimizer", "--overlap-grad-reduce")
+    invocations.append(train(files, "--steps", "2", "--save", out / "tp", "--kl-coef", "0.1", "--tp", "2",
+                             "--sequence-parallel"))  # fmt: skip
+    invocations.append(train(files, "--steps", "3", "--metrics", out / "dp.jsonl", "--compare", "1", "--json"))
+    runs = succeed(run_cli(*invocations, world_size=2))
+    return dict(zip(("whole", "first half", "second half", "tp", "compare"), runs, strict=True))
+
+
+# ---- resume
+
+
+def assert_same(whole: Path, halves: Path, step: str) -> None:
+    """The same tensors and metrics, to the last bit."""
+    expected, found = tensors(whole / step), tensors(halves / step)
+    assert expected.keys() == found.keys() and len(found) >= 3 * 9  # the weights and Adam's two moments
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    assert lines(Path(f"{whole}.jsonl")) == lines(Path(f"{halves}.jsonl"))
+    assert load_state(whole / step) == load_state(halves / step)
+    assert load_config(whole / step) == load_config(halves / step)
+
+
+def test_stopped_and_resumed_is_the_same_run(files: Path, one_process: dict[str, Run]) -> None:
+    whole, halves = files / "one" / "plain-whole", files / "one" / "plain-halves"
+    assert_same(whole, halves, "step_000004")
+    assert [line["step"] for line in lines(Path(f"{halves}.jsonl"))] == [1, 2, 3, 4]
+    assert sorted(path.name for path in halves.iterdir() if path.is_dir()) == ["step_000002", "step_000004"]
+    assert one_process["second half"].json["resumed_from"] == 2
+    # and the second half has moved the parameters
+    before, after = weights(halves / "step_000002"), weights(halves / "step_000004")
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_distributed_optimizer_resumes(files: Path, one_process: dict[str, Run]) -> None:
+    assert_same(files / "one" / "distributed-whole", files / "one" / "distributed-halves", "step_000002")
+
+
+def test_two_data_parallel_ranks_resume(files: Path, two_processes: dict[str, Run]) -> None:
+    assert_same(files / "two" / "dp-whole", files / "two" / "dp-halves", "step_000004")
+    assert two_processes["second half"].json["resumed_from"] == 2
+
+
+def test_saved_at_tp_2_and_resumed_at_tp_1(files: Path, one_process: Any, two_processes: Any, tmp_path: Path) -> None:
+    save = tmp_path / "tp"
+    shutil.copytree(files / "two" / "tp", save)
+    (run,) = succeed(run_cli(train(files, "--steps", "4", "--save", save, "--resume", "--kl-coef", "0.1", "--json")))
+    assert run.json["resumed_from"] == 2
+    before, found = weights(save / "step_000002"), weights(save / "step_000004")
+    for name, value in weights(files / "one" / "plain-whole" / "step_000004").items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+        assert (before[name] - value).abs().max() > 1e-3, name
+
+
+def resume_refusals(files: Path, save: Path) -> dict[str, tuple[Arguments, str]]:
+    other = write_groups(files, seed=9, name="other.jsonl")
+    copy = files / "copy.jsonl"
+    shutil.copyfile(files / "rollouts.jsonl", copy)
+    again = ("--steps", "3", "--save", save, "--resume")
+    start = train(files, *again)
+    return {
+        "seed": ((*start, "--seed", "4"), "was saved with seed 3, this run has seed 4; use the same"),
+        "groups": ((*start, "--groups-per-step", "3"), "saved with groups_per_step 2, this run has groups_per_step 3"),
+        "optimizer": ((*start, "--optimizer", "sgd"), "saved with optimizer adam, this run has optimizer sgd"),
+        "distributed": (
+            (*start, "--distributed-optimizer"),
+            "saved with distributed_optimizer False, this run has distributed_optimizer True; use the same",
+        ),
+        "rollouts": ((*start, "--rollouts", other), "other contents than"),
+        "not resumed": (
+            train(files, "--steps", "3", "--save", save),
+            "already holds step_000002; add --resume to go on, or name another folder",
+        ),
+        "same contents": ((*start, "--rollouts", copy, "--steps", "2"), "nothing to do"),
+    }
+
+
+def test_a_changed_run_is_not_resumed(files: Path, one_process: dict[str, Run], tmp_path: Path) -> None:
+    save = tmp_path / "halves"
+    shutil.copytree(files / "one" / "plain-halves" / "step_000002", save / "step_000002")
+    cases = resume_refusals(files, save)
+    runs = dict(zip(cases, (run for (run,) in run_cli(*(line for line, _ in cases.values()))), strict=True))
+    for name, (_, message) in cases.items():
+        run = runs[name]
+        assert not run.crash, run.crash
+        assert message in one_line(run.stderr), f"{name}: {run.stderr}"
+        assert run.exit_code == (0 if name == "same contents" else 2)
+        assert "old log-probs" not in run.stderr or name == "same contents", "refused before any work"
+    assert [path.name for path in save.iterdir()] == ["step_000002"]
+
+
+def test_a_resumed_run_uses_the_settings_that_it_is_given(files: Path, one_process: Any, tmp_path: Path) -> None:
+    """The learning rate, among others, is in the saved optimizer state too."""
+    metrics, save = tmp_path / "metrics.jsonl", tmp_path / "halves"
+    shutil.copytree(files / "one" / "plain-halves" / "step_000002", save / "step_000002")
+    line = train(files, "--steps", "3", "--save", save, "--resume", "--metrics", metrics, "--kl-coef", "0.1")
+    succeed(run_cli((*line, "--lr", "0")))
+    before, after = weights(save / "step_000002"), weights(save / "step_000003")
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+
+
+# ---- the loss
+
+
+def metrics_of(files: Path, name: str) -> list[dict[str, Any]]:
+    found = lines(files / "one" / f"{name}.jsonl")
+    assert [line["step"] for line in found] == [1, 2, 3]
+    return found
+
+
+def test_the_loss_does_not_depend_on_how_the_batch_is_cut(
+    files: Path, one_process: dict[str, Run], two_processes: dict[str, Run]
+) -> None:
+    groups = read_rollouts(files / "rollouts.jsonl")
+    batches = [[groups[i] for i in _batch(len(groups), 2, step, 3)] for step in range(3)]
+    assert any(len(pack_groups(batch, max_tokens_per_pack=25)) == 2 for batch in batches)
+    base = metrics_of(files, "base")
+    for other in (metrics_of(files, "packs"), metrics_of(files, "chunks"), lines(files / "two" / "dp.jsonl")):
+        for expected, found in zip(base, other, strict=True):
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-6), (name, found["step"])
+
+
+def test_metrics_lines(files: Path, one_process: dict[str, Run]) -> None:
+    groups = read_rollouts(files / "rollouts.jsonl")
+    for step, line in enumerate(metrics_of(files, "base")):
+        batch = [groups[i] for i in _batch(len(groups), 2, step, 3)]
+        rewards = [reward for group in batch for reward in group.rewards]
+        assert line["reward"] == pytest.approx(sum(rewards) / len(rewards))
+        assert line["rollouts"] == len(rewards)
+        assert line["tokens"] == sum(len(g.prompt) - 1 + sum(map(len, g.responses)) for g in batch)
+        assert line["tokens_repeated"] == sum(len(g.prompt) - 1 + len(r) for g in batch for r in g.responses)
+        assert line["pairs"] == sum(len(tokens) for g in batch for tokens in g.responses)
+        assert line["updated"] == 1 and line["grad_norm"] > 0 and line["nonfinite"] == 0
+    first, *later = metrics_of(files, "base")
+    assert first["ratio"] == pytest.approx(1, abs=1e-6) and first["old_kl"] < 1e-12
+    assert all(line["ratio_max"] > 1.01 for line in later)  # the old policy is the one at the start
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["kl", "gspo", "constant", "sequence", "importance", "entropy", "temperature", "sgd", "clipped"],
+)
+def test_every_setting_reaches_the_training(files: Path, one_process: dict[str, Run], name: str) -> None:
+    base, found = metrics_of(files, "base"), metrics_of(files, name)
+    assert all(line["updated"] == 1 and line["nonfinite"] == 0 for line in found)
+    assert found[-1]["loss"] != pytest.approx(base[-1]["loss"], rel=1e-3)
+    extra = {"kl": "kl", "entropy": "entropy", "importance": "importance_capped"}.get(name)
+    assert extra is None or (extra in found[0] and extra not in base[0])
+
+
+def test_kl_is_to_the_policy_at_the_start(files: Path, one_process: dict[str, Run]) -> None:
+    first, *later = metrics_of(files, "kl")
+    assert first["kl"] < 1e-12 and all(line["kl"] > 1e-4 for line in later)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("per_step", [1, 2, 3, 7])
+def test_batches_have_no_group_twice_and_leave_none_out(num_groups: int, per_step: int) -> None:
+    size = min(num_groups, per_step)
+    steps = [_batch(num_groups, per_step, step, 0) for step in range(60)]
+    assert all(len(batch) == len(set(batch)) == size for batch in steps)
+    assert set().union(*steps) == set(range(num_groups))
+    epoch = num_groups // size
+    for start in range(0, 60 - epoch, epoch):
+        seen = [i for batch in steps[start : start + epoch] for i in batch]
+        assert len(seen) == len(set(seen))
+    assert num_groups < 3 or per_step >= num_groups or steps != [_batch(num_groups, per_step, s, 1) for s in range(60)]
+
+
+# ---- the comparison
+
+
+def test_compare_prints_saves_and_reports_its_numbers(files: Path, one_process: dict[str, Run]) -> None:
+    run, found = one_process["compare"], one_process["compare"].json
+    groups = read_rollouts(files / "rollouts.jsonl")[:3]
+    assert found["rows_grouped"] == sum(len(g.prompt) - 1 + sum(map(len, g.responses)) for g in groups)
+    assert found["rows_repeated"] == sum(len(g.prompt) - 1 + len(r) for g in groups for r in g.responses)
+    assert found["max_log_prob_diff"] < 1e-5 and 0 < found["max_grad_rel_diff"] < 1e-5
+    assert min(found[f"{what}_{way}"] for what in ("seconds", "peak_bytes", "area") for way in ("repeated", "grouped")) > 0
+    text = one_line(run.stderr)
+    assert "repeated prefixes vs grouped" in text and "5/5" in text
+    row = r"tokens executed │ {rows_repeated} │ {rows_grouped} │ (\d+\.\d\d)x"
+    ratio = re.search(row.format(**found), text)
+    assert ratio and float(ratio[1]) == round(found["rows_repeated"] / found["rows_grouped"], 2)
+    for name in ("attention area", "step time (s)", "peak memory (MiB)", "max |difference| of log-probs",
+                 "relative gradient difference"):  # fmt: skip
+        assert name in text
+    assert (files / "one" / "pictures" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_under_the_distributed_optimizer_names_what_it_cannot_compare(one_process: dict[str, Run]) -> None:
+    run = one_process["compare, distributed"]
+    assert run.json["max_log_prob_diff"] < 1e-5 and run.json["max_grad_rel_diff"] is None
+    assert "sharded: see verify" in run.stderr
+
+
+def test_compare_on_two_ranks_feeds_both(two_processes: dict[str, Run]) -> None:
+    found = two_processes["compare"].json
+    assert found["max_log_prob_diff"] < 1e-5 and found["max_grad_rel_diff"] < 1e-5
+    assert found["rows_repeated"] > found["rows_grouped"] > 0
+
+
+# ---- output
+
+
+def test_progress_and_paths_are_shown(files: Path, one_process: dict[str, Run]) -> None:
+    text = one_line(one_process["whole"].stderr)
+    assert "old log-probs" in text and "4/4" in text
+    assert re.search(r"[\d,]+ tokens/s", text)
+    assert "2 layers, hidden 32, fp32 on cpu, impl sdpa, tp 1, dp 1; 5 groups, steps 0 to 4" in text
+    assert "checkpoint: " in text and "step_000004" in text.replace(" ", "")
+    assert one_process["whole"].json["steps"] == 4 and len(one_process["whole"].stdout.splitlines()) == 1
+
+
+def test_only_rank_0_speaks(files: Path) -> None:
+    line = train(files, "--steps", "1", "--json", "--metrics", files / "speaks.jsonl")
+    ((first, second),) = run_cli(line, world_size=2)
+    succeed([[first, second]])
+    assert second.stdout == second.stderr == "" and first.json["steps"] == 1
+    assert len(lines(files / "speaks.jsonl")) == 1
