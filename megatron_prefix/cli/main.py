@@ -26,12 +26,11 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "import": Command("megatron_prefix.cli.import_:import_command", "Hugging Face or GGUF weights to a checkpoint."),
     "rollout": Command("megatron_prefix.cli.rollout:rollout_command", "Sample responses to prompts and score them."),
-    "train": Command(
-        "megatron_prefix.cli.train:train_command", "GRPO from a rollouts file, every prefix encoded once."
-    ),
-    "bench": Command("megatron_prefix.cli.bench:bench_command", "Time prefix groups against repeated prefixes."),
+    "train": Command("megatron_prefix.cli.train:train_command", "GRPO on a rollouts file, every prefix encoded once."),
     "verify": Command("megatron_prefix.cli.verify:verify_command", "Compare prefix groups with plain megatron-core."),
+    "bench": Command("megatron_prefix.cli.bench:bench_command", "Time prefix groups against repeated prefixes."),
 }
 
 
