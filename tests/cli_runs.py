@@ -133,7 +133,8 @@ def groups(count: int = 5, *, seed: int = 0, log_probs: bool = False) -> list[Ro
     for i in range(count):
         responses = [ids(draw.randint(1, 7)) for _ in range(draw.randint(2, 4))]
         sampled = [[-4.0 - 0.1 * (t % 5) for t in tokens] for tokens in responses] if log_probs else None
-        made.append(RolloutGroup(ids(draw.randint(1, 12)), responses, [draw.random() for _ in responses], f"g{i}", sampled))
+        rewards = [draw.random() for _ in responses]
+        made.append(RolloutGroup(ids(draw.randint(1, 12)), responses, rewards, f"g{i}", sampled))
     return made
 
 

@@ -69,10 +69,12 @@ def load_state(path: str | Path, *, config: ModelConfig | None = None) -> dict[s
     saved = load_config(path)
     if config is not None:
         _compare_configs(path, saved, config)
+    if not (path / STATE_FILE).is_file():
+        raise ValueError(f"checkpoint {path} has no {STATE_FILE}: it is damaged or none, make it again")
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path / STATE_FILE} cannot be read ({error}): the checkpoint is damaged") from error
+    except ValueError as error:
+        raise ValueError(f"{path / STATE_FILE} is not JSON ({error}): checkpoint damaged, make it again") from error
     assert isinstance(state, dict)
     return state
 
