@@ -34,6 +34,7 @@ from tests.mcore_helpers import start, tiny_config
 
 Batch = list[RolloutGroup | RolloutTree]
 STEPS = 5
+COSTS = {1: 1.0, 2: 1.7, 4: 2.7}  # how gladly a case runs on so many ranks
 VOCAB_SIZE = 64
 MAX_TOKENS = 30  # less than the batch, so that a rank has several packs
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.8, "mscale_all_dim": 0.3}
@@ -124,7 +125,7 @@ def all_pairs() -> set[tuple[tuple[str, Any], ...]]:
 
 
 def covering_cases() -> list[Case]:
-    """Few cases with every pair of values together somewhere: the best of some random ones, again and again."""
+    """Few cheap cases with every pair of values together somewhere: the best of some random ones, again and again."""
     draw = random.Random(0)
     missing = all_pairs()
     cases = []
@@ -138,7 +139,7 @@ def covering_cases() -> list[Case]:
                     values[factor] = draw.choice(choices) if choices else None
             if None not in values.values():
                 candidates.append(values)
-        best = max(candidates, key=lambda values: len(pairs_of_values(values) & missing))
+        best = max(candidates, key=lambda v: len(pairs_of_values(v) & missing) / COSTS[v["tp"] * v["dp"]])
         missing -= pairs_of_values(best)
         cases.append(Case(**best))
     return cases
@@ -211,7 +212,7 @@ def _unsettle(model: torch.nn.Module) -> None:
 
 def settings_of(case: Case) -> TrainSettings:
     return TrainSettings(
-        learning_rate=3e-4,
+        learning_rate=5e-5,  # Adam turns rounding of the smallest gradients into steps of this size
         clip_grad=0.0 if case.dtype == "float64" else 0.5,
         distributed_optimizer="distributed" in case.optimizer,
         overlap_grad_reduce="overlap" in case.optimizer,

@@ -81,8 +81,12 @@ def bf16_by_torch(layout: PrefixLayout) -> Callable[[Tensor, Tensor, Tensor], Te
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 @pytest.mark.parametrize(
     "layout",
-    [PrefixLayout([64, 30, 17, 24], [-1, 0, 0, 0]), PrefixLayout([20, 16, 24, 30, 9], [-1, 0, 1, 1, 0])],
-    ids=["flat", "three levels"],
+    [
+        PrefixLayout([64, 30, 17, 24], [-1, 0, 0, 0]),
+        PrefixLayout([20, 16, 24, 30, 9], [-1, 0, 1, 1, 0]),
+        PrefixLayout([3] * 40, list(range(-1, 39))),
+    ],
+    ids=["flat", "three levels", "chain of 40 levels"],
 )
 def test_bf16_error_is_at_most_twice_the_dense_paths_own(layout: PrefixLayout, impl: str) -> None:
     """The dense path is plain torch math in bf16; both are measured against fp32 on the same bf16 inputs."""

@@ -53,7 +53,7 @@ def test_equal_to_plain_megatron_core(case: ec.Case, found: dict[str, list[dict[
         assert result["worst"] <= limit
         # and the comparison had something to compare
         assert bool(result["gradients"]) is ("distributed" not in case.optimizer)
-        assert result["moved"] > 3e-4 and abs(result["loss"]) > 1e-4 and math.isfinite(result["loss"])
+        assert result["moved"] > 1e-4 and abs(result["loss"]) > 1e-4 and math.isfinite(result["loss"])
         assert (result["packs"] > 1) is (case.several_packs and case.dp == 1) or case.dp == 2
 
 
