@@ -89,6 +89,7 @@ def test_what_may_be_the_answer(response: str, answers: list[str]) -> None:
 def test_the_best_candidate_counts() -> None:
     rewards = {"The answer is 12": 0.25, "12": 1.0}
     assert score_response(a_task(rewards.__getitem__), "The answer is 12.").reward == 1.0
+    assert score_response(a_task(lambda answer: float(answer == "Luk")), "Luk is it.").reward == 1.0
     assert score_response(a_task(lambda answer: 1.0), "").reward == 0.0
 
 
