@@ -1,0 +1,121 @@
+"""Examples run, scripts parse, and the commands that the README shows exist with the options that it gives them."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import click
+import numpy as np
+import pytest
+
+from megatron_prefix import PrefixLayout
+from megatron_prefix.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted([*ROOT.glob("examples/*.sh"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"])
+PAGES = [ROOT / "README.md", *ROOT.glob("examples/*.sh"), *ROOT.glob("examples/*.py")]
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_mask_writes_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pictures" / "mask.png"
+    monkeypatch.setattr(sys, "argv", ["mask.py", "--out", str(path)])
+    example("mask").main()
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_the_mask_is_the_one_that_attention_computes() -> None:
+    mask = example("mask")
+    # a - b, c: rows 0-1 | 2-4 | 5
+    calls = mask.call_of_each_pair(PrefixLayout([2, 3, 1], [-1, 0, 0]))
+    own, ancestor = mask.OWN, mask.ANCESTOR
+    expected = np.zeros((6, 6), dtype=int)
+    for start, end in ((0, 2), (2, 5), (5, 6)):
+        for query in range(start, end):
+            expected[query, start : query + 1] = own
+    expected[2:, :2] = ancestor
+    np.testing.assert_array_equal(calls, expected)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=[str(path.relative_to(ROOT)) for path in SCRIPTS])
+def test_shell_scripts_parse(path: Path) -> None:
+    run = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+
+
+def commands(text: str) -> list[list[str]]:
+    """Command lines of this project in shell code (continued lines joined): the words from the program on."""
+    found = []
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        line = line.strip().removeprefix("$ ")
+        if re.match(r"\w+=|bash |python|torchrun |megatron-prefix |GLOO", line):
+            words = shlex.split(line, comments=True)
+            starts = [i for i, word in enumerate(words) if word in ("megatron-prefix", "megatron_prefix", "bash")
+                      or word.endswith(".py")]  # fmt: skip
+            if starts:
+                found.append(words[starts[0] :])
+    return found
+
+
+def shell_code(path: Path) -> str:
+    """A script, or the shell blocks of a page."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".sh":
+        return text
+    return "\n".join(re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, flags=re.DOTALL))
+
+
+def check(words: list[str]) -> None:
+    """Assert that a command line names a file or command that exists, and options that it has."""
+    program, *rest = words
+    options = {word.partition("=")[0] for word in rest if word.startswith("--")}
+    if program == "bash" or program.endswith(".py"):
+        script = ROOT / (rest[0] if program == "bash" else program)
+        assert script.is_file(), f"{shlex.join(words)}: there is no {script}"
+        if program.endswith(".py"):
+            known = set(re.findall(r'add_argument\("(--[\w-]+)"', script.read_text(encoding="utf-8")))
+            assert options <= known, f"{shlex.join(words)}: {sorted(options - known)} are no options of it"
+        return
+    if not rest or rest[0].startswith("-"):
+        return
+    assert rest[0] in COMMANDS, f"{shlex.join(words)}: there is no such command"
+    command = main.get_command(click.Context(main), rest[0])
+    assert isinstance(command, click.Command)
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    assert options <= known, f"{shlex.join(words)}: {sorted(options - known)} are no options of it"
+
+
+PAGES_WITH_COMMANDS = [path for path in PAGES if commands(shell_code(path))]
+
+
+@pytest.mark.parametrize("path", PAGES_WITH_COMMANDS, ids=[str(path.relative_to(ROOT)) for path in PAGES_WITH_COMMANDS])
+def test_commands_shown_exist(path: Path) -> None:
+    for words in commands(shell_code(path)):
+        check(words)
+
+
+def test_the_quick_start_is_among_them() -> None:
+    shown = commands(shell_code(ROOT / "examples" / "quickstart.sh"))
+    assert {("megatron-prefix", "import"), ("megatron_prefix", "train")} <= {tuple(words[:2]) for words in shown}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["megatron-prefix tune --steps 3", "megatron-prefix train --stops 3", "python -m megatron_prefix verify --small",
+     "bash examples/none.sh", "python examples/mask.py --colour red"],
+)  # fmt: skip
+def test_a_wrong_command_is_found(line: str) -> None:
+    (words,) = commands(line)
+    with pytest.raises(AssertionError, match=r"no such command|no options|there is no"):
+        check(words)
