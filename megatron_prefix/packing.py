@@ -9,7 +9,7 @@ case where a prefix ends. A prompt P with responses R_i takes (|P| - 1) + sum |R
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -177,6 +177,29 @@ def pack_groups(
         packs[-1].append(tree)
         free -= rows
     return [_build_pack(members, normalize_std, repeated) for members in packs]
+
+
+def repeated_packs(groups: Sequence[RolloutGroup | RolloutTree], *, normalize_std: bool = True) -> list[Pack]:
+    """Every rollout as a pack of its own, its prefix encoded again, with the advantage that it has in its group.
+
+    In the order of the groups and their rollouts. One sequence a micro-batch: the baseline with the least memory.
+    """
+    packs = []
+    for tree in check_pack_limit(groups, None):
+        advantages = group_advantages(tree.rewards, normalize_std=normalize_std)
+        for rollout, advantage in enumerate(advantages):
+            pack = _build_pack([_alone(tree, rollout)], normalize_std, repeated=True)
+            packs.append(replace(pack, advantages=torch.tensor([advantage], dtype=torch.float32)))
+    return packs
+
+
+def _alone(tree: RolloutTree, rollout: int) -> RolloutTree:
+    """The tree of one rollout: its path, a single branch."""
+    nodes = [
+        replace(node, parent=depth - 1, rollouts=(0,) if rollout in node.rollouts else ())
+        for depth, node in enumerate(_path(tree, rollout))
+    ]
+    return RolloutTree(tuple(nodes), (tree.rewards[rollout],))
 
 
 def check_pack_limit(

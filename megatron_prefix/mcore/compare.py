@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from megatron.core import parallel_state
 
 from megatron_prefix.collectives import all_gather_object
@@ -56,11 +57,7 @@ def compare_step(
     ``advance`` is called five times, with the rows done and a note.
     """
     grouped, oracle = make_inputs(trainer, groups, max_tokens_per_pack)
-    repeated = [
-        StepInput(pack, batch.old_log_probs, batch.ref_log_probs)
-        for group, batch in zip(groups, oracle, strict=True)
-        for pack in pack_groups([group], repeated=True)
-    ]
+    repeated = _packed_together(groups, oracle)
     rows = sum(batch.pack.layout.num_rows for batch in repeated)
     reference = evaluate(plain, oracle)
     advance(units=rows, note="plain megatron-core")
@@ -71,6 +68,19 @@ def compare_step(
     found = differences(evaluate(trainer, grouped), reference)
     advance(units=grouped_cost.rows, note="differences")
     return StepComparison(repeated_cost, grouped_cost, found)
+
+
+def _packed_together(groups: Sequence[RolloutGroup], single: Sequence[StepInput]) -> list[StepInput]:
+    """Repeated sequences of each group in one micro-batch, as varlen training packs them."""
+    together = []
+    first = 0
+    for group in groups:
+        (pack,) = pack_groups([group], repeated=True)
+        members = single[first : first + len(group.responses)]
+        first += len(group.responses)
+        old = torch.cat([batch.old_log_probs for batch in members])
+        together.append(StepInput(pack, old, old))
+    return together
 
 
 def _cost(trainer: PolicyTrainer, inputs: Sequence[StepInput]) -> StepCost:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.mcore.log_probs import unwrap
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput
-from megatron_prefix.packing import RolloutTree, pack_groups
+from megatron_prefix.packing import RolloutTree, pack_groups, repeated_packs
 from megatron_prefix.rollouts import RolloutGroup
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -83,11 +83,10 @@ def make_inputs(
         old = trainer.log_probs(pack)
         old += OLD_POLICY_NOISE * torch.randn(old.shape, generator=generator).to(old)
         grouped.append(StepInput(pack, old, ref_log_probs=old))
-    # Pairs are in one order (rollout, token) in both forms; one repeated pack per group bounds the plain path's memory.
+    # Pairs are in one order (rollout, token) in both forms; one sequence a micro-batch bounds the plain path's memory.
     pair_old = torch.cat([batch.old_log_probs[batch.pack.pairs.row] for batch in grouped])
     repeated = []
-    for group in groups:
-        (pack,) = pack_groups([group], repeated=True)
+    for pack in repeated_packs(groups):
         old = torch.zeros(pack.response_rows.numel(), dtype=pair_old.dtype)
         old[pack.pairs.row] = pair_old[: pack.pairs.row.numel()]
         pair_old = pair_old[pack.pairs.row.numel() :]
