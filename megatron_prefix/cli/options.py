@@ -15,7 +15,7 @@ import torch
 
 from megatron_prefix.attention import IMPLS
 from megatron_prefix.cli.console import start_distributed
-from megatron_prefix.context_parallel.attention import COMM_TYPES
+from megatron_prefix.context_parallel.comm_types import COMM_TYPES
 from megatron_prefix.context_parallel.placement import PLACEMENTS
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.checkpoint import CONFIG_FILE, load_checkpoint, load_config

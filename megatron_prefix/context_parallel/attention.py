@@ -33,9 +33,8 @@ from megatron_prefix.collectives import (
     start_all_to_all,
     start_exchange,
 )
+from megatron_prefix.context_parallel.comm_types import Heads, HeadSplit, check_comm_type
 from megatron_prefix.context_parallel.plan import CpPlan
-
-COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,7 @@ class CpShare:
         Raises:
             ValueError: an unknown cp_comm_type, or a2a+p2p without its two groups.
         """
-        if comm_type not in COMM_TYPES:
-            raise ValueError(f"unknown cp_comm_type {comm_type!r}; choose one of {', '.join(COMM_TYPES)}")
+        check_comm_type(comm_type)
         if comm_type == "a2a":
             return self.group, None
         if comm_type != "a2a+p2p":
@@ -140,7 +138,7 @@ def context_parallel_attention(
     Args:
         q: [T_r, Hq, D], this rank's rows in the order of ``share.plan.rows(rank)``; k, v [T_r, Hkv, D].
         share: this rank's part in the micro-batch.
-        comm_type: one of `COMM_TYPES`.
+        comm_type: one of `comm_types.COMM_TYPES`.
         softmax_scale: factor of the scores.
         kernel: computes every call.
 
@@ -168,24 +166,19 @@ class HeadSwap:
 
     def __init__(self, share: CpShare, group: Group, query_heads: int, key_heads: int) -> None:
         size = group_size(group)
-        if query_heads % size:
-            raise ValueError(
-                f"cp_comm_type a2a needs query heads that divide by its {size} ranks, got {query_heads}; use p2p"
-            )
+        split = HeadSplit.build(query_heads, key_heads, size)
+        self.query_heads, self.key_heads = split.query_heads, split.key_heads
         self.group, self.rank, self.traffic = group, group_rank(group), share.traffic
-        each = query_heads // size
-        self.query_heads = [list(range(rank * each, (rank + 1) * each)) for rank in range(size)]
-        self.key_heads = [_key_heads(heads, query_heads, key_heads) for heads in self.query_heads]
         owned = share.inner_rows(size)
         self.counts = [len(rows) for rows in owned]
         together = torch.tensor([row for rows in owned for row in rows], dtype=torch.long)
         self.order = together.argsort().to(share.device)  # rows as they come, rank by rank -> rows of the pack
         self.back = self.order.argsort()
 
-    def to_heads(self, x: Tensor, heads: list[list[int]]) -> Tensor:
+    def to_heads(self, x: Tensor, heads: tuple[Heads, ...]) -> Tensor:
         """[own rows, all heads, D] -> [rows of the group, heads[rank], D]."""
         width = x.shape[2]
-        flat = torch.cat([x[:, part].reshape(-1) for part in heads])
+        flat = torch.cat([x[:, list(part)].reshape(-1) for part in heads])
         sent = [len(x) * len(part) * width for part in heads]
         received = [count * len(heads[self.rank]) * width for count in self.counts]
         flat = _AllToAll.apply(flat, sent, received, self.group, self.traffic)
@@ -200,13 +193,6 @@ class HeadSwap:
         received = [mine * heads * width] * len(self.counts)
         flat = _AllToAll.apply(flat, sent, received, self.group, self.traffic)
         return flat.view(len(self.counts), mine, heads, width).transpose(0, 1).flatten(1, 2)
-
-
-def _key_heads(heads: list[int], query_heads: int, key_heads: int) -> list[int]:
-    """Key-value heads that some query heads read: each once where the heads share them evenly, else one per head."""
-    read = [head * key_heads // query_heads for head in heads]
-    once = sorted(set(read))
-    return once if len(heads) % len(once) == 0 and read == sorted(once * (len(heads) // len(once))) else read
 
 
 class _AllToAll(torch.autograd.Function):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from megatron_prefix.context_parallel.placement import PLACEMENTS, Piece, Placement, area, place
 from megatron_prefix.layout import AncestorRange, PrefixLayout
@@ -110,7 +111,7 @@ class CpPlan:
         """What ``rank`` reads from ``source`` (another rank)."""
         mine, theirs = self.local_layouts[rank], self.local_layouts[source]
         rows: list[Range] = []
-        own: list[AncestorRange] = []
+        own: dict[int, list[AncestorRange]] = {}
         by_level: dict[int, list[AncestorRange]] = {}
         offset = 0
         for segment, count in enumerate(theirs.lengths):
@@ -119,14 +120,16 @@ class CpPlan:
             needed = count if below[1] > below[0] else max((r.k_end - offset for r in siblings), default=0)
             if not needed:
                 continue
-            own += siblings
+            # Several pieces of one cut segment read the same first keys, so each is in a call of its own.
+            for turn, rectangle in enumerate(siblings):
+                own.setdefault(turn, []).append(rectangle)
             if below[1] > below[0]:
                 rectangle = AncestorRange(*below, offset, offset + count)
                 by_level.setdefault(self.layout.levels[segment], []).append(rectangle)
             rows.append((theirs.starts[segment], theirs.starts[segment] + needed))
             offset += needed
-        levels = [tuple(by_level[level]) for level in sorted(by_level)]
-        return Remote(tuple(rows), tuple(call for call in (tuple(own), *levels) if call))
+        calls = [tuple(call) for each in (own, by_level) for _, call in sorted(each.items())]
+        return Remote(tuple(rows), tuple(calls))
 
     def _own_rectangles(self, rank: int, source: int, segment: int, offset: int) -> list[AncestorRange]:
         """Rows of ``rank`` in a segment against the earlier rows of ``source`` in it, queries of one reach together."""
@@ -158,6 +161,35 @@ class CpPlan:
             pieces = sorted(piece for rank in self.placement[first : first + inner] for piece in rank)
             merged.append(tuple(pieces))
         return CpPlan(self.layout, tuple(merged), self.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, ready for JSON: layout, placement, cost, and what each rank owns, reads and computes.
+
+        Pieces are [segment, first row, end row]; rows_received has one entry per rank, 0 for the rank itself.
+        """
+        ranks = range(self.cp_size)
+        return {
+            "lengths": list(self.layout.lengths),
+            "parents": list(self.layout.parents),
+            "cp_size": self.cp_size,
+            "placement": self.name,
+            "cost": self.cost,
+            "ranks": [
+                {
+                    "rank": rank,
+                    "pieces": [list(piece) for piece in self.placement[rank]],
+                    "rows": self.local_layouts[rank].num_rows,
+                    "response_rows": self.response_rows(rank),
+                    "rows_received": [self.remote(rank, s).num_rows if s != rank else 0 for s in ranks],
+                    "area": self.area(rank),
+                }
+                for rank in ranks
+            ],
+        }
+
+    def response_rows(self, rank: int) -> int:
+        """Rows of ``rank`` in segments below a root: those that can have a target."""
+        return sum(p.end - p.start for p in self.placement[rank] if self.layout.parents[p.segment] >= 0)
 
 
 __all__ = ["CpPlan", "Piece", "Remote"]

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from megatron_prefix.attention import IMPLS, resolve_impl
 from megatron_prefix.attention.grouped import check_tensors, resolve_scale
-from megatron_prefix.context_parallel.attention import COMM_TYPES
+from megatron_prefix.context_parallel.comm_types import COMM_TYPES
 from megatron_prefix.mcore.packed import LayerSettings, PrefixPackedSeqParams
 from megatron_prefix.mcore.support import refuse_unsupported
 
