@@ -14,6 +14,7 @@ EXTRAS = {
     # The command line: training, sampling, weight import, plots.
     "cli": [
         "click>=8.1",
+        "einops>=0.7",  # megatron-core imports it for cp_comm_type a2a+p2p, and does not declare it
         "gguf>=0.10",
         "jinja2>=3.1",
         "matplotlib>=3.8",
@@ -23,6 +24,7 @@ EXTRAS = {
         "tokenizers>=0.20",
     ],
     "test": [
+        "einops>=0.7",
         "hypothesis>=6.100",
         "mypy>=1.11",
         "pytest>=8.2",

@@ -30,6 +30,9 @@ COMMANDS: dict[str, Command] = {
     "rollout": Command("megatron_prefix.cli.rollout:rollout_command", "Sample responses to prompts and score them."),
     "train": Command("megatron_prefix.cli.train:train_command", "GRPO on a rollouts file, every prefix encoded once."),
     "verify": Command("megatron_prefix.cli.verify:verify_command", "Compare prefix groups with plain megatron-core."),
+    "plan-cp": Command(
+        "megatron_prefix.cli.plan_cp:plan_cp_command", "Show what context parallelism will do with a layout."
+    ),
     "bench": Command("megatron_prefix.cli.bench:bench_command", "Time prefix groups against repeated prefixes."),
 }
 
