@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 
 import os
 import time
+import warnings
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -64,6 +65,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.table:
             return None
+        # Deprecations and missing optional packages inside megatron-core are nothing that a user of a command can mend.
+        warnings.filterwarnings("ignore", module=r"megatron\.|torch\.(distributed\.checkpoint|utils\.cpp_extension)")
         module, _, attribute = self.table[cmd_name].target.partition(":")
         return getattr(import_module(module), attribute)
 
