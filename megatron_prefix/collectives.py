@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,10 +92,14 @@ def device_of(group: Group) -> torch.device:
 
 @dataclass
 class Traffic:
-    """What one rank has sent and received through the functions below, in bytes. Rows sent to oneself do not count."""
+    """What one rank has sent and received through the functions below, in bytes (parts for oneself do not count).
+
+    ``waited`` counts the seconds that its host waited for it; on CUDA the host goes on and the stream waits.
+    """
 
     sent: int = 0
     received: int = 0
+    waited: float = 0.0
 
 
 @dataclass
@@ -104,11 +109,15 @@ class Pending:
     received: Tensor
     sent: Tensor
     works: list[dist.Work]
+    traffic: Traffic | None = None
 
     def wait(self) -> Tensor:
         """Block (on CUDA: make the current stream wait) until the tensor is here."""
+        started = time.perf_counter()
         for work in self.works:
             work.wait()
+        if self.traffic is not None:
+            self.traffic.waited += time.perf_counter() - started
         return self.received
 
 
@@ -130,7 +139,7 @@ def start_exchange(
     if received.numel():
         operations.append(dist.P2POp(dist.irecv, received, group=group, group_peer=src))
     _count(traffic, send.nbytes, received.nbytes)
-    return Pending(received, send, dist.batch_isend_irecv(operations) if operations else [])
+    return Pending(received, send, dist.batch_isend_irecv(operations) if operations else [], traffic)
 
 
 def start_all_to_all(
@@ -151,7 +160,7 @@ def start_all_to_all(
     work = dist.all_to_all_single(received, send, list(receive_counts), list(send_counts), group=group, async_op=True)
     size = send.element_size()
     _count(traffic, size * (sum(send_counts) - send_counts[rank]), size * (sum(receive_counts) - receive_counts[rank]))
-    return Pending(received, send, [work])
+    return Pending(received, send, [work], traffic)
 
 
 def _count(traffic: Traffic | None, sent: int, received: int) -> None:

@@ -145,7 +145,7 @@ def bench_attention(
     note = after_each or (lambda _: None)
     impl = resolve_impl(sizes.impl, device)
     report = new_report("attention", asdict(group) | asdict(sizes) | {"impl": impl, "repeats": repeats}, seed)
-    inputs = _inputs(group, sizes, seed, device)
+    inputs = random_inputs(group, sizes, seed, device)
     paths = _paths(group, inputs, impl)
     repeated = group.layout().repeated()
     report["bound"] = {"name": "alpha", "value": group.alpha, "rho": group.rho}
@@ -184,7 +184,7 @@ def num_runs(repeats: int, device: torch.device | str = "cpu") -> int:
     return paths * (1 + repeats) + 1
 
 
-def _inputs(group: GroupSizes, sizes: AttentionSizes, seed: int, device: torch.device) -> tuple[Tensor, ...]:
+def random_inputs(group: GroupSizes, sizes: AttentionSizes, seed: int, device: torch.device) -> tuple[Tensor, ...]:
     """q, k, v and the gradient of the output, in rows of the group."""
     generator = torch.Generator().manual_seed(seed)
     rows = group.layout().num_rows

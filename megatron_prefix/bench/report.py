@@ -61,14 +61,16 @@ def relative_difference(result: Tensor, reference: Tensor) -> float:
     return difference / norm if norm > 0 else math.inf
 
 
-def check_equal(report: dict[str, Any], differences: Mapping[str, Differences], dtype: torch.dtype) -> None:
+def check_equal(
+    report: dict[str, Any], differences: Mapping[str, Differences], dtype: torch.dtype, baseline: str = "repeated"
+) -> None:
     """Add the differences and their limits to the report.
 
     Args:
         report: gets ``differences`` (by path and tensor) and ``tolerance``.
-        differences: relative differences from one reference, by path and tensor; "repeated" is among the paths. In half
-            precision it sets the limit of the others.
+        differences: relative differences from one reference, by path and tensor.
         dtype: in which the paths ran.
+        baseline: the path that sets the limit of the others in half precision.
 
     Raises:
         ResultsDifferError: a difference is over its limit, or not a number.
@@ -76,8 +78,8 @@ def check_equal(report: dict[str, Any], differences: Mapping[str, Differences], 
     if dtype in TOLERANCE:
         limits = dict.fromkeys(differences, TOLERANCE[dtype])
     else:
-        own = HALF_PRECISION_FACTOR * max(differences["repeated"].values())
-        limits = dict.fromkeys(differences, own) | {"repeated": HALF_PRECISION_LIMIT}
+        own = HALF_PRECISION_FACTOR * max(differences[baseline].values())
+        limits = dict.fromkeys(differences, own) | {baseline: HALF_PRECISION_LIMIT}
     report["differences"] = {
         path: {tensor: value if math.isfinite(value) else None for tensor, value in values.items()}  # JSON has no NaN
         for path, values in differences.items()

@@ -11,10 +11,18 @@ import click
 import torch
 
 from megatron_prefix.attention import KERNELS
-from megatron_prefix.bench import attention
+from megatron_prefix.bench import attention, context_parallel
 from megatron_prefix.bench.group import DTYPES, GroupSizes
 from megatron_prefix.bench.report import ResultsDifferError, summary, table
-from megatron_prefix.cli.console import print_json, print_table, progress_bar, stderr_console, torchrun_ranks
+from megatron_prefix.cli.console import (
+    print_json,
+    print_table,
+    progress_bar,
+    start_distributed,
+    stderr_console,
+    torchrun_ranks,
+)
+from megatron_prefix.context_parallel.placement import PLACEMENTS
 from megatron_prefix.model_config import ModelConfig
 
 SIZE = click.IntRange(1)
@@ -56,6 +64,11 @@ def _common(command: Command) -> Command:
 @click.option("--heads", type=SIZE, default=8, help="Query heads.")
 @click.option("--kv-heads", type=SIZE, default=8, help="Key-value heads.")
 @click.option("--head-dim", type=SIZE, default=64, help="Channels of a head.")
+@click.option(
+    "--cp", type=SIZE, default=1, help="Context-parallel ranks, under torchrun: compare with one rank instead."
+)
+@click.option("--cp-comm-type", type=click.Choice(["p2p", "all_gather", "a2a"]), default="p2p", help="See train.")
+@click.option("--cp-placement", type=click.Choice(["auto", *PLACEMENTS]), default="auto", help="See train.")
 @_common
 def attention_command(
     prefix_len: int,
@@ -63,6 +76,9 @@ def attention_command(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    cp: int,
+    cp_comm_type: str,
+    cp_placement: str,
     group_size: int,
     dtype: str,
     impl: str,
@@ -79,10 +95,14 @@ def attention_command(
     \b
     megatron-prefix bench attention
     megatron-prefix bench attention --dtype bf16 --heads 2 --kv-heads 2 --repeats 3
+    torchrun --nproc-per-node 2 -m megatron_prefix bench attention --cp 2
     """
-    _check_call(out)
+    _check_call(out, cp)
     group = GroupSizes(prefix_len, response_len, group_size)
     sizes = attention.AttentionSizes(heads, kv_heads, head_dim, dtype, impl)
+    if cp > 1:
+        _bench_cp(group, sizes, context_parallel.CpSizes(cp_comm_type, cp_placement), repeats, seed, as_json, out)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def run(after_each: Callable[[str], None]) -> dict[str, Any]:
@@ -171,17 +191,43 @@ def step_command(
         destroy()
 
 
-def _check_call(out: Path | None) -> None:
+def _check_call(out: Path | None, processes: int = 1) -> None:
     """What can be refused before any work.
 
     Raises:
-        ValueError: several processes, or a file in a folder that does not exist.
+        ValueError: another number of processes, or a file in a folder that does not exist.
     """
-    processes = torchrun_ranks()[1]
-    if processes != 1:
-        raise ValueError(f"bench runs in one process, torchrun started {processes}; start it without torchrun")
+    started = torchrun_ranks()[1]
+    if started != processes:
+        raise ValueError(
+            f"this benchmark runs in {processes} process(es), {started} run; start it with torchrun --nproc-per-node "
+            f"{processes}, or without torchrun for 1"
+        )
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+
+
+def _bench_cp(
+    group: GroupSizes,
+    sizes: attention.AttentionSizes,
+    cp: context_parallel.CpSizes,
+    repeats: int,
+    seed: int,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """`bench attention --cp`: over the ranks that torchrun started."""
+    start_distributed()
+
+    def run(after_each: Callable[[str], None]) -> dict[str, Any]:
+        return context_parallel.bench_context_parallel(
+            group, sizes, cp, repeats=repeats, seed=seed, after_each=after_each
+        )
+
+    try:
+        _run_and_report("bench attention --cp", 2 + 2 * repeats, run, as_json, out)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _run_and_report(
@@ -196,9 +242,12 @@ def _run_and_report(
         report = error.report
         console.print(str(error), style="red", markup=False)
     else:
-        print_table(*table(report))
-        console.print(summary(report), markup=False)
-    if out is not None:
+        if "ranks" in report:
+            print_table(*context_parallel.table(report))
+        else:
+            print_table(*table(report))
+            console.print(summary(report), markup=False)
+    if out is not None and torchrun_ranks()[0] == 0:
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if as_json:
         print_json(report)
