@@ -231,7 +231,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "window_attn_skip_freq": (2, [1, 0]),
     "softmax_type": ("learnable", "off-by-one"),
     "attn_logit_softcapping": (30.0,),
-    "position_embedding_type": ("mrope", "alibi"),
+    "mrope_section": ([2, 3, 3],),
     "fp8_dot_product_attention": (True,),
     "fp8_multi_head_attention": (True,),
     "multi_latent_attention": (True,),
@@ -248,7 +248,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "moe_expert_capacity_factor": (1.0,),
     "moe_router_enable_expert_bias": (True,),
 }
-OTHER_RELEASES = {"attn_logit_softcapping", "position_embedding_type", "use_mup"}
+OTHER_RELEASES = {"attn_logit_softcapping", "use_mup"}
 """Settings that not every megatron-core has as a field of its configuration."""
 
 

@@ -28,11 +28,7 @@ _RULES: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("window_attn_skip_freq", (None,), "sliding-window attention is not implemented"),
     ("softmax_type", ("vanilla",), "attention sinks are not implemented"),
     ("attn_logit_softcapping", (None, 0.0), "softcapped scores are not implemented"),
-    (
-        "position_embedding_type",
-        ("rope", "yarn", "learned_absolute", "none", None),
-        "only per-row positions are exact (no ALiBi, no mRoPE)",
-    ),
+    ("mrope_section", (None,), "mRoPE takes three positions per row"),
     ("fp8_dot_product_attention", (False,), "fp8 attention has no log-sum-exp in full precision"),
     ("fp8_multi_head_attention", (False,), "fp8 attention has no log-sum-exp in full precision"),
     ("multi_latent_attention", (False,), "multi-latent attention builds its own positions inside the layer"),
