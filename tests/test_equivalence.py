@@ -15,6 +15,7 @@ from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.attention.sdpa import SdpaKernel
 from megatron_prefix.mcore.equivalence import TOLERANCE, Evaluation, differences
 from megatron_prefix.mcore.packed import PrefixPackedSeqParams
+from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
 from tests import equivalence_cases as ec
 from tests.distributed import run_distributed
 
@@ -209,6 +210,52 @@ def test_deliberate_errors_are_noticed() -> None:
         assert max(result["gradients"].values()) > 1e-4, name
         if "no gradient" not in name:
             assert result["max_log_prob_diff"] > 1e-4, name
+
+
+# ---- settings that cannot work
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": -1e-3}, "learning_rate must be at least 0, got -0.001"),
+        ({"clip_grad": math.nan}, "clip_grad must be at least 0, got nan"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"chunk_rows": 0}, "chunk_rows must be at least 1, got 0"),
+        ({"optimizer": "lion"}, "optimizer must be 'adam' or 'sgd', got 'lion'"),
+        ({"optimizer": "sgd", "distributed_optimizer": True}, "optimizer='sgd': .* knows Adam only"),
+    ],
+)
+def test_train_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(**settings)
+
+
+def refusals_of_a_trainer(rank: int, world_size: int) -> list[str]:
+    def refusal(**settings: Any) -> str:
+        try:
+            PolicyTrainer(ec.models_of(FP64)[0], TrainSettings(**settings), LossConfig())
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def no_packs() -> str:
+        try:
+            PolicyTrainer(ec.models_of(FP64)[0], TrainSettings(clip_grad=0.0), LossConfig()).step([])
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    return ec.in_groups(
+        1, 1, lambda: [refusal(clip_grad=1.0), refusal(clip_grad=0.0, distributed_optimizer=True), no_packs()]
+    )
+
+
+def test_a_trainer_refuses_what_megatron_core_cannot_do_in_fp64() -> None:
+    ((clip, distributed, empty),) = run_distributed(refusals_of_a_trainer, 1, timeout_s=TIMEOUT_S)
+    assert "clip_grad=1.0: megatron-core clips fp32 gradients only" in clip
+    assert "distributed_optimizer=True: megatron-core's takes no fp64 model" in distributed
+    assert "no micro-batch; give every rank at least one group" in empty
 
 
 # ---- the comparison itself
