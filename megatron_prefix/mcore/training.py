@@ -136,6 +136,8 @@ class PolicyTrainer:
             ),
             [self.model],
         )
+        for group in self.optimizer.param_groups:
+            group["max_lr"] = None  # for a scheduler; 0.19 would find a checkpoint's groups by it, at this rate only
         self.config.finalize_model_grads_func = _finalize
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.no_sync_func = self.model.no_sync
