@@ -1,0 +1,148 @@
+"""Context-parallel ranks that disagree or are gone: errors on every rank that is left, never a hang."""
+
+import os
+import re
+import time
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_prefix import PrefixLayout, RolloutGroup, pack_groups, response_log_probs
+from megatron_prefix.attention import KERNELS
+from megatron_prefix.context_parallel.attention import CpShare, context_parallel_attention
+from megatron_prefix.context_parallel.plan import CpPlan
+from tests import cp_cases as cc
+from tests.attention_oracle import inputs
+from tests.distributed import LOOPBACK, run_distributed
+
+# ---- ranks that disagree
+
+SEEN_BY_RANK = {
+    "one response fewer": ([[3, 2], [3]], "rank 0: 3 segments, 7 rows, .*; rank 1: 2 segments, 5 rows"),
+    "one token fewer": ([[3, 2], [3, 1]], "rank 0: 3 segments, 7 rows, .*; rank 1: 3 segments, 6 rows"),
+    "the same tokens in another order": (
+        [[3, 2], [2, 3]],
+        "rank 0: 3 segments, 7 rows, .*; rank 1: 3 segments, 7 rows",
+    ),
+}
+
+
+def pack_of(lengths: list[int]) -> Any:
+    group = RolloutGroup([1, 2, 3], [[4] * n for n in lengths], [float(i) for i in range(len(lengths))])
+    (pack,) = pack_groups([group])
+    return pack
+
+
+def log_probs_of_different_packs(rank: int, world_size: int) -> dict[str, str]:
+    overrides = cc.start_world(cc.World(cp=2))
+    model, _ = cc.models_of(cc.Case("p2p", "branch"), cc.World(cp=2), overrides)
+    messages = {}
+    for name, (lengths, _) in SEEN_BY_RANK.items():
+        try:
+            response_log_probs(model, pack_of(lengths[rank]))
+        except ValueError as error:
+            messages[name] = str(error)
+    # The model still works afterwards.
+    messages["equal"] = str(len(response_log_probs(model, pack_of([3, 2]))))
+    return messages
+
+
+def test_different_packs_are_an_error_on_every_rank_that_names_the_difference() -> None:
+    for messages in run_distributed(log_probs_of_different_packs, 2):
+        assert messages.pop("equal") == "5"
+        assert set(messages) == set(SEEN_BY_RANK)
+        for name, (_, expected) in SEEN_BY_RANK.items():
+            assert "give all the same pack" in messages[name]
+            assert re.search(expected, messages[name]), messages[name]
+
+
+# ---- ranks that are gone
+
+WORLD_SIZE = 3
+GROUP_TIMEOUT_S = 8.0
+SLACK_S = 60.0  # a busy machine
+EXIT_CODE = 7
+
+
+class LeavingKernel:
+    """The CPU's kernel, until its third call: then this process is gone, or answers no more."""
+
+    mixed_head_dims = False
+
+    def __init__(self, how: str) -> None:
+        self.how, self.calls = how, 0
+
+    def refusal(self, *args: Any) -> str | None:
+        return KERNELS["sdpa"].refusal(*args)
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            if self.how == "dies":
+                os._exit(EXIT_CODE)
+            time.sleep(GROUP_TIMEOUT_S + SLACK_S)
+
+    def forward(self, *args: Any) -> Any:
+        self._count()
+        return KERNELS["sdpa"].forward(*args)
+
+    def backward(self, *args: Any) -> None:
+        self._count()
+        KERNELS["sdpa"].backward(*args)
+
+
+def attend(rank: int, folder: str, comm_type: str, how: str, reports: Any) -> None:
+    """Attention again and again; the last rank leaves in the middle. Reports the error and how long it took to come."""
+    os.environ.update(LOOPBACK)
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder, "store")), WORLD_SIZE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(minutes=5))
+    dist.barrier()  # however slowly processes start, the short limit counts from here
+    group = dist.new_group(timeout=timedelta(seconds=GROUP_TIMEOUT_S))
+    layout = PrefixLayout([24, 9, 7, 5], [-1, 0, 0, 0])
+    share = CpShare(CpPlan.build(layout, WORLD_SIZE, "dual_chunk_swap"), group, torch.device("cpu"))
+    q, k, v, dout = (x[share.plan.rows(rank)].requires_grad_() for x in inputs(layout.num_rows, (3, 3)))
+    kernel: Any = LeavingKernel(how) if rank == WORLD_SIZE - 1 else KERNELS["sdpa"]
+    started = time.monotonic()
+    try:
+        while True:
+            context_parallel_attention(q, k, v, share, comm_type, 0.3, kernel).backward(dout)
+            started = time.monotonic()
+    except RuntimeError as error:
+        reports.put((rank, str(error), time.monotonic() - started))
+        # What is left of the group must not be waited for.
+        reports.close()
+        reports.join_thread()
+        os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+@pytest.mark.parametrize("comm_type", ["p2p", "all_gather", "a2a"])
+def test_a_rank_that_is_gone_gives_the_others_an_error_in_time(comm_type: str, how: str, tmp_path: Path) -> None:
+    context = get_context("forkserver")
+    reports = context.Queue()
+    ranks = [
+        context.Process(target=attend, args=(rank, str(tmp_path), comm_type, how, reports), daemon=True)
+        for rank in range(WORLD_SIZE)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        found = [reports.get(timeout=180) for _ in range(WORLD_SIZE - 1)]
+        if how == "dies":
+            ranks[-1].join(30)
+        left = ranks[-1].exitcode
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join(10)
+    assert sorted(rank for rank, _, _ in found) == [0, 1]
+    assert left == (None if how == "hangs" else EXIT_CODE)
+    for rank, message, seconds in found:
+        assert seconds <= GROUP_TIMEOUT_S + SLACK_S / 2, (rank, seconds)
+        assert re.search("[Tt]imed out|[Cc]onnection|closed|reset", message), message
