@@ -164,9 +164,10 @@ def pack_groups(
         repeated: the baseline: every rollout as a sequence of its own, with its prefix encoded again.
 
     Raises:
-        ValueError: no groups, or a group with more rows than the limit.
+        ValueError: no groups, a group with more rows than the limit, or sampler log-probs in some groups only.
     """
     trees = check_pack_limit(groups, max_tokens_per_pack, repeated=repeated)
+    _check_sampler_log_probs(groups, trees)
     packs: list[list[RolloutTree]] = []
     free = 0
     for tree in trees:
@@ -177,6 +178,17 @@ def pack_groups(
         packs[-1].append(tree)
         free -= rows
     return [_build_pack(members, normalize_std, repeated) for members in packs]
+
+
+def _check_sampler_log_probs(groups: Sequence[RolloutGroup | RolloutTree], trees: Sequence[RolloutTree]) -> None:
+    """All of a batch or none of it: packs with and without them have different metrics, and importance weights."""
+    known = [(node.log_probs is not None, i) for i, tree in enumerate(trees) for node in tree.nodes if node.rollouts]
+    if len({given for given, _ in known}) > 1:
+        missing = next(i for given, i in known if not given)
+        raise ValueError(
+            f"group {_name(groups[missing], missing)} lacks sampler log_probs that others have; give them for all "
+            "rollouts or for none"
+        )
 
 
 def repeated_packs(groups: Sequence[RolloutGroup | RolloutTree], *, normalize_std: bool = True) -> list[Pack]:

@@ -48,8 +48,11 @@ def _numbers(length: int) -> st.SearchStrategy[list[float]]:
 
 
 @st.composite
-def rollout_groups(draw: Draw, vocab_size: int = 50, max_length: int = 6, max_responses: int = 5) -> RolloutGroup:
+def rollout_groups(
+    draw: Draw, vocab_size: int = 50, max_length: int = 6, max_responses: int = 5, log_probs: bool | None = None
+) -> RolloutGroup:
     """Ragged groups: one-token prompts and responses and a single response among them, masks and log-probs or none."""
+    sampled = draw(st.booleans()) if log_probs is None else log_probs
     responses = draw(st.lists(_tokens(vocab_size, max_length), min_size=1, max_size=max_responses))
     lengths = [len(tokens) for tokens in responses]
     rewards = draw(st.lists(st.integers(0, 3), min_size=len(responses), max_size=len(responses)))
@@ -57,14 +60,17 @@ def rollout_groups(draw: Draw, vocab_size: int = 50, max_length: int = 6, max_re
         prompt=draw(_tokens(vocab_size, max_length)),
         responses=responses,
         rewards=[float(reward) for reward in rewards],
-        log_probs=[draw(_numbers(n)) for n in lengths] if draw(st.booleans()) else None,
+        log_probs=[draw(_numbers(n)) for n in lengths] if sampled else None,
         loss_masks=[draw(_masks(n)) for n in lengths] if draw(st.booleans()) else None,
     )
 
 
 @st.composite
-def rollout_trees(draw: Draw, vocab_size: int = 50, max_length: int = 4, max_nodes: int = 7) -> RolloutTree:
+def rollout_trees(
+    draw: Draw, vocab_size: int = 50, max_length: int = 4, max_nodes: int = 7, log_probs: bool | None = None
+) -> RolloutTree:
     """Multi-turn trees: one rollout per leaf, whose nodes are owned by any of the rollouts that pass through them."""
+    sampled = draw(st.booleans()) if log_probs is None else log_probs
     parents = draw(parent_lists(max_nodes, one_root=True).filter(lambda parents: len(parents) > 1))
     leaves = [i for i in range(len(parents)) if i not in parents]
     through: list[set[int]] = [set() for _ in parents]
@@ -84,12 +90,18 @@ def rollout_trees(draw: Draw, vocab_size: int = 50, max_length: int = 4, max_nod
                 parent=parent,
                 rollouts=() if parent < 0 else tuple(owners),
                 loss_mask=mask if draw(st.booleans()) else None,
-                log_probs=draw(_numbers(len(tokens))) if draw(st.booleans()) else None,
+                log_probs=draw(_numbers(len(tokens))) if sampled else None,
             )
         )
     return RolloutTree(tuple(nodes), tuple(float(i) for i in range(len(leaves))))
 
 
 def batches(max_size: int = 4) -> st.SearchStrategy[list[RolloutGroup | RolloutTree]]:
-    """Plain groups and trees side by side."""
-    return st.lists(st.one_of(rollout_groups(), rollout_trees()), min_size=1, max_size=max_size)
+    """Plain groups and trees side by side, all with the sampler's log-probs or all without."""
+    return st.booleans().flatmap(
+        lambda sampled: st.lists(
+            st.one_of(rollout_groups(log_probs=sampled), rollout_trees(log_probs=sampled)),
+            min_size=1,
+            max_size=max_size,
+        )
+    )

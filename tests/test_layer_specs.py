@@ -336,3 +336,16 @@ def test_the_layer_takes_the_calls_that_hosts_make() -> None:
         pg_collection=ProcessGroupCollection(),
     )
     assert layer.layer_number == 3 and not list(layer.parameters())
+
+
+def _plain_model_is_refused(rank: int, world_size: int) -> str:
+    start()
+    (pack,) = pack_groups(GROUPS)
+    with pytest.raises(ValueError, match="does not know the layout") as error:
+        response_log_probs(build(None, "rmsnorm", False), pack)
+    return str(error.value)
+
+
+def test_log_probs_of_a_model_without_prefix_attention_are_refused() -> None:
+    (message,) = run_distributed(_plain_model_is_refused, 1)
+    assert "self_attention (SelfAttention)" in message and "prefix_gpt_layer_spec" in message

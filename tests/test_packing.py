@@ -147,7 +147,7 @@ def test_both_forms_have_the_same_pairs(batch: Batch) -> None:
     assert grouped.layout.num_rows <= repeated.layout.num_rows
 
 
-@given(st.lists(rollout_groups(), min_size=1, max_size=4))
+@given(st.booleans().flatmap(lambda known: st.lists(rollout_groups(log_probs=known), min_size=1, max_size=4)))
 def test_response_rows_of_plain_groups_are_the_response_tokens_in_order(groups: list[RolloutGroup]) -> None:
     """By group, response and token, untrained tokens included: the order of `response_log_probs`, in both forms."""
     expected = [token for group in groups for response in group.responses for token in response]
@@ -160,6 +160,14 @@ def test_response_rows_of_plain_groups_are_the_response_tokens_in_order(groups: 
         else:
             assert pack.sampler_log_probs is not None
             assert pack.sampler_log_probs.tolist() == [x for xs in sampled if xs for x in xs]
+
+
+def test_sampler_log_probs_of_some_groups_only_are_refused() -> None:
+    """Packs would differ in what they measure and in their importance weights."""
+    known = RolloutGroup([5], [[1]], [1.0], log_probs=[[-0.5]])
+    unknown = RolloutGroup([5], [[1]], [1.0], group_id="late")
+    with pytest.raises(ValueError, match=r"group 1 \('late'\) lacks sampler log_probs"):
+        pack_groups([known, unknown])
 
 
 def test_a_group_by_hand() -> None:

@@ -157,9 +157,10 @@ class Limits:
 
     @classmethod
     def twice(cls, own: Differences, floor: float) -> Limits:
-        """Twice the plain path's own error, and at least ``floor``; the loss, whose terms cancel, at least 2**-8."""
+        """Twice the plain path's own error, and at least ``floor``. The loss may be off by bf16's rounding in bf16
+        (``floor`` 0), since its terms cancel."""
         gradient, log_prob = max(2 * own.max_grad_rel_diff, floor), max(2 * own.max_log_prob_rel_diff, floor)
-        return cls(log_prob, max(2 * own.loss_rel_diff, 2**-8), gradient, 0.0)
+        return cls(log_prob, max(2 * own.loss_rel_diff, floor or 2**-8), gradient, 0.0)
 
     def hold(self, found: Differences) -> bool:
         """Whether every difference is within its limit; NaN never is."""

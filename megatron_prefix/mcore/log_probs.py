@@ -12,14 +12,19 @@ from typing import Any
 import torch
 from megatron.core.parallel_state import get_hierarchical_context_parallel_groups
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import Attention
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from megatron_prefix.collectives import Group, all_gather_uneven, all_reduce_max, all_reduce_sum, group_rank
 from megatron_prefix.context_parallel.attention import CpShare
+from megatron_prefix.mcore.core_attention import PrefixCoreAttention
 from megatron_prefix.mcore.packed import ContextParallel, PrefixPackedSeqParams
 from megatron_prefix.packing import NO_TARGET, Pack
+
+OTHER_MIXERS = ("MambaMixer", "GatedDeltaNet")
+"""Layers of hybrid models, beside attention, in which a row reads the rows before it."""
 
 
 def response_log_probs(
@@ -55,7 +60,7 @@ def response_log_probs(
 
     Raises:
         ValueError: a temperature or chunk size that is not positive, a token id outside the vocabulary, an unknown
-            placement, or context-parallel ranks with different packs.
+            placement, context-parallel ranks with different packs, or a model with layers that would ignore the layout.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -63,6 +68,7 @@ def response_log_probs(
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     inner = unwrap(model)
     check_token_ids(pack, inner.vocab_size)
+    require_prefix_attention(inner)
     device = next(inner.parameters()).device
     multiple = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
     cp = _context_parallel(inner, cp_placement)
@@ -128,6 +134,20 @@ def unwrap(model: torch.nn.Module) -> Any:
     while isinstance(getattr(model, "module", None), torch.nn.Module):
         model = model.module  # type: ignore[assignment]
     return model
+
+
+def require_prefix_attention(inner: Any) -> None:
+    """Raises ValueError when a layer mixes rows without knowing the layout: it would read across responses."""
+    for name, module in inner.named_modules():
+        if isinstance(module, Attention):
+            mixes = not isinstance(module.core_attention, PrefixCoreAttention)
+        else:
+            mixes = type(module).__name__ in OTHER_MIXERS
+        if mixes:
+            raise ValueError(
+                f"{name} ({type(module).__name__}) does not know the layout of a pack; build the model with "
+                "prefix_gpt_layer_spec, or give its spec to with_prefix_attention"
+            )
 
 
 def check_token_ids(pack: Pack, vocab_size: int) -> None:
@@ -236,7 +256,8 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             [
                 probs.sum(1),
                 scaled.gather(1, local).squeeze(1) * mine,
-                (probs * scaled).sum(1) if with_entropy else torch.zeros_like(probs[:, 0]),
+                # A token that cannot be drawn (logit -inf) adds nothing; 0 * -inf would be NaN.
+                (probs * scaled).nan_to_num(nan=0.0).sum(1) if with_entropy else torch.zeros_like(probs[:, 0]),
             ]
         )
         norm, target, weighted = all_reduce_sum(sums, tp_group)
