@@ -236,7 +236,9 @@ class Ring:
         )
         views = pending.received.split(received)
         return {
-            r: Pending(views[r].view(-1, *like.shape[1:]), pending.sent, pending.works) for r in ranks if r in counts
+            r: Pending(views[r].view(-1, *like.shape[1:]), pending.sent, pending.works, pending.traffic)
+            for r in ranks
+            if r in counts
         }
 
 
