@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_prefix import PrefixLayout, prefix_grouped_attention
-from megatron_prefix.attention import KERNELS, flash, grouped, grouped_attention, merge_attention, sdpa
+from megatron_prefix.attention import KERNELS, flash, grouped_attention, merge, merge_attention, sdpa
 from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.attention.flash import FlashKernel
 from megatron_prefix.attention.sdpa import SdpaKernel
@@ -290,7 +290,7 @@ def test_a_causal_ancestor_call_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_merge_without_weights_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped, "merge_attention", lambda a, la, b, lb: ((a + b) / 2, torch.logaddexp(la, lb)))
+    monkeypatch.setattr(merge, "merge_attention", lambda a, la, b, lb: ((a + b) / 2, torch.logaddexp(la, lb)))
     with pytest.raises(AssertionError, match="above 1e-10"):
         assert_matches(lambda *x: prefix_grouped_attention(*x, FLAT, impl="sdpa"), FLAT, inputs(FLAT.num_rows))
 

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.attention.kernels import KERNELS, Kernel, resolve_impl
-from megatron_prefix.attention.merge import merge_attention
+from megatron_prefix.attention.merge import merge_into
 from megatron_prefix.attention.reference import reference_attention
 from megatron_prefix.layout import PrefixLayout
 
@@ -132,11 +132,7 @@ class _GroupedAttention(torch.autograd.Function):
     ) -> Tensor:
         out, lse = kernel.forward(q, k, v, calls.own, softmax_scale)
         for call in calls.ancestors:
-            rows = call.q
-            part = kernel.forward(q, k, v, call, softmax_scale)
-            merged_out, merged_lse = merge_attention(rows.take(out), rows.take(lse), *part)
-            rows.put(out, merged_out)
-            rows.put(lse, merged_lse)
+            merge_into(out, lse, call.q, kernel.forward(q, k, v, call, softmax_scale))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.calls, ctx.softmax_scale, ctx.kernel = calls, softmax_scale, kernel
         return out

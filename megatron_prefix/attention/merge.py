@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.calls import Rows
+
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two key sets from the attentions over each.
@@ -27,3 +29,10 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     # Two fused multiply-adds on one temporary: this runs over every response row of every layer.
     out = (out_a * weight_a).addcmul_(out_b.to(weight_b.dtype), weight_b)
     return out.to(out_a.dtype), lse
+
+
+def merge_into(out: Tensor, lse: Tensor, rows: Rows, part: tuple[Tensor, Tensor]) -> None:
+    """Merge a further attention ``part`` = (out, lse) of some rows into out [T, H, D] and lse [T, H], in place."""
+    merged_out, merged_lse = merge_attention(rows.take(out), rows.take(lse), *part)
+    rows.put(out, merged_out)
+    rows.put(lse, merged_lse)

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from megatron_prefix.attention.calls import AttentionCalls, Rows, VarlenCall
 from megatron_prefix.attention.grouped import fit_kernel
 from megatron_prefix.attention.kernels import Kernel
-from megatron_prefix.attention.merge import merge_attention
+from megatron_prefix.attention.merge import merge_into
 from megatron_prefix.collectives import (
     Group,
     Pending,
@@ -316,11 +316,11 @@ class _RingAttention(torch.autograd.Function):
         if q.shape[0]:
             out, lse = kernel.forward(q, k, v, calls.own.own, softmax_scale)
         for call in calls.own.ancestors:
-            _merge(kernel.forward(q, k, v, call, softmax_scale), call, out, lse)
+            merge_into(out, lse, call.q, kernel.forward(q, k, v, call, softmax_scale))
         for i, step in enumerate(calls.steps):
             step_k, step_v = keys.wait(i, k.shape[-1])
             for call in step.calls:
-                _merge(kernel.forward(q, step_k, step_v, call, softmax_scale), call, out, lse)
+                merge_into(out, lse, call.q, kernel.forward(q, step_k, step_v, call, softmax_scale))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.ring, ctx.softmax_scale, ctx.kernel = ring, softmax_scale, kernel
         return out
@@ -346,12 +346,6 @@ class _RingAttention(torch.autograd.Function):
             back.send(step, torch.cat([step_dk, step_dv], dim=-1).to(k.dtype))
         back.finish(torch.cat([k[:0], v[:0]], dim=-1))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
-
-
-def _merge(part: tuple[Tensor, Tensor], call: VarlenCall, out: Tensor, lse: Tensor) -> None:
-    merged_out, merged_lse = merge_attention(call.q.take(out), call.q.take(lse), *part)
-    call.q.put(out, merged_out)
-    call.q.put(lse, merged_lse)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
