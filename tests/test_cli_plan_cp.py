@@ -26,7 +26,7 @@ SHAPE = AttentionShape(8, 2, 16)
 
 
 def plan_cp(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "120"}).invoke(main, ["plan-cp", *arguments])
+    return CliRunner(env={"COLUMNS": "80"}).invoke(main, ["plan-cp", *arguments])
 
 
 def report(*arguments: str) -> dict[str, Any]:
@@ -82,9 +82,10 @@ def test_tables() -> None:
     result = plan_cp("--cp", "8")
     assert result.exit_code == 0 and not result.stdout
     text = result.stderr
+    assert "…" not in text  # fits a terminal of 80 columns
     assert "pack 1 of 1: 32,768 rows over 8 ranks, p2p, branch" in text
     ranks = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│ ")]
-    assert ranks[0] == ["0", "4,096", "2,048", "14,336", "5.14e+07", "1.000", "56.0", "112.0"]
+    assert ranks[0] == ["0", "4,096", "2,048", "14,336", "51.4", "1.000", "56.0", "112.0"]
     assert [row[0] for row in ranks[:8]] == [str(rank) for rank in range(8)]
     assert ["p2p", "repeated prefixes", "952.0", "2,856.0", ""] in ranks
     assert ["p2p", "branch", "56.0", "168.0", "17.0x"] in ranks

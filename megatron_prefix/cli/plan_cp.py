@@ -25,6 +25,7 @@ from megatron_prefix.layout import PrefixLayout
 SIZE = click.IntRange(1)
 LAYOUT_FLAGS = ("prefix_len", "response_lens", "group_size")
 UNITS = {"MiB": 2**20, "KiB": 2**10}
+PAIRS = {"M": 10**6, "k": 10**3}
 
 
 @click.command("plan-cp")
@@ -179,7 +180,8 @@ def _rank_table(
     outer = plan.merged(inner)
     moved = [layer_traffic(plan, rank, shape, comm_type, cp_a2a) for rank in ranks]
     unit = _unit(max(part.received for each in moved for part in (each.forward, each.backward)))
-    columns = ["rank", "rows", "response rows", "key rows received", "area (pairs)", "area / mean"]
+    pairs = "M" if max(areas) >= PAIRS["M"] else "k"
+    columns = ["rank", "rows", "response rows", "key rows received", f"area, {pairs} pairs", "area / mean"]
     rows = []
     for rank in ranks:
         counts = plan.local_layouts[rank].num_rows, plan.response_rows(rank), outer.rows_received(rank // inner)
@@ -188,7 +190,7 @@ def _rank_table(
             [
                 str(rank),
                 *(f"{count:,}" for count in counts),
-                f"{areas[rank]:.2e}",
+                f"{areas[rank] / PAIRS[pairs]:,.1f}",
                 f"{areas[rank] / mean:.3f}",
                 *(f"{count / UNITS[unit]:,.1f}" for count in received),
             ]
