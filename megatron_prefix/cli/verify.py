@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from dataclasses import dataclass, replace
@@ -163,14 +164,19 @@ class Limits:
         return cls(log_prob, max(2 * own.loss_rel_diff, floor or 2**-8), gradient, 0.0)
 
     def hold(self, found: Differences) -> bool:
-        """Whether every difference is within its limit; NaN never is."""
+        """Whether every difference is within its limit."""
         pairs = [
             (found.max_log_prob_rel_diff, self.log_prob),
             (found.loss_rel_diff, self.loss),
             *((value, self.gradient) for value in found.gradients.values()),
             *((value, self.parameter) for value in found.parameters.values()),
         ]
-        return all(value <= limit for value, limit in pairs)
+        return all(_within(value, limit) for value, limit in pairs)
+
+
+def _within(value: float, limit: float) -> bool:
+    """NaN and infinity never are, even where the plain path's own error is as large."""
+    return math.isfinite(value) and value <= limit
 
 
 class _Run:
@@ -239,7 +245,7 @@ def _report(
 
 def _show(report: dict[str, Any], found: Differences, limits: Limits) -> None:
     def row(what: str, value: float, limit: float) -> tuple[str, str, str, str]:
-        return what, f"{value:.2e}", f"{limit:.2e}", "ok" if value <= limit else "OVER"
+        return what, f"{value:.2e}", f"{limit:.2e}", "ok" if _within(value, limit) else "OVER"
 
     worst = sorted(found.gradients, key=lambda name: -found.gradients[name])[:SHOWN_PARAMETERS]
     rows = [
