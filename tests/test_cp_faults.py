@@ -32,8 +32,8 @@ SEEN_BY_RANK = {
 }
 
 
-def pack_of(lengths: list[int]) -> Any:
-    group = RolloutGroup([1, 2, 3], [[4] * n for n in lengths], [float(i) for i in range(len(lengths))])
+def pack_of(lengths: list[int], token: int = 4) -> Any:
+    group = RolloutGroup([1, 2, 3], [[token] * n for n in lengths], [float(i) for i in range(len(lengths))])
     (pack,) = pack_groups([group])
     return pack
 
@@ -47,6 +47,12 @@ def log_probs_of_different_packs(rank: int, world_size: int) -> dict[str, str]:
             response_log_probs(model, pack_of(lengths[rank]))
         except ValueError as error:
             messages[name] = str(error)
+    for pack, placement in (
+        (pack_of([3, 2], token=4 + rank), "branch"),
+        (pack_of([3, 2]), ("branch", "auto")[rank]),
+    ):
+        with pytest.raises(ValueError, match="different layouts, placements or tokens"):
+            response_log_probs(model, pack, cp_placement=placement)
     # The model still works afterwards.
     messages["equal"] = str(len(response_log_probs(model, pack_of([3, 2]))))
     return messages

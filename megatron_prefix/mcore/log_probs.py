@@ -5,6 +5,7 @@ Shapes: T rows of the pack (padding included), N response rows, V vocabulary.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,7 +73,8 @@ def response_log_probs(
     device = next(inner.parameters()).device
     multiple = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
     cp = _context_parallel(inner, cp_placement)
-    packed = PrefixPackedSeqParams.build(pack.layout, device, multiple_of=multiple, cp=cp)
+    content = zlib.crc32(pack.tokens.numpy().tobytes())
+    packed = PrefixPackedSeqParams.build(pack.layout, device, multiple_of=multiple, cp=cp, content=content)
     hidden = _hidden_states(inner, pack, packed, device)
     if not inner.post_process:
         return hidden

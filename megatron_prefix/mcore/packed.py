@@ -7,6 +7,7 @@ capture it), but not between pipeline stages: every stage builds it from its own
 from __future__ import annotations
 
 import copy
+import zlib
 from dataclasses import dataclass
 from typing import Self
 
@@ -56,33 +57,36 @@ class ContextParallel:
     outer: Group = None
     traffic: Traffic | None = None
 
-    def share(self, layout: PrefixLayout, device: torch.device) -> CpShare:
-        """This rank's part in a micro-batch of ``layout``.
+    def share(self, layout: PrefixLayout, device: torch.device, content: int) -> CpShare:
+        """This rank's part in a micro-batch of ``layout``; ``content`` is a checksum of its tokens.
 
         Raises:
-            ValueError: an unknown placement, or ranks with different layouts (on every rank, naming the difference).
+            ValueError: an unknown placement, or ranks with different packs (on every rank, naming the difference).
         """
-        check_equal_layouts(layout, self.group)
+        self.check_equal(layout, content)
         plan = CpPlan.build(layout, group_size(self.group), self.placement)
         return CpShare(plan, self.group, device, self.inner, self.outer, self.traffic)
 
+    def check_equal(self, layout: PrefixLayout, content: int) -> None:
+        """Compare packs and placements over the ranks by checksum, once per micro-batch.
 
-def check_equal_layouts(layout: PrefixLayout, group: Group) -> None:
-    """Compare layouts over ``group`` by checksum, once per micro-batch: different ones would wait for each other.
+        Ranks with different layouts or placements would wait for each other; different tokens would go unnoticed.
 
-    Raises:
-        ValueError: on every rank, when they differ; names each rank's layout.
-    """
-    mine = (layout.checksum, len(layout), layout.num_rows)
-    ranks = all_gather_ints(mine, group)
-    if any(theirs != mine for theirs in ranks):
-        shown = "; ".join(
-            f"rank {i}: {segments} segments, {rows} rows, checksum {checksum:08x}"
-            for i, (checksum, segments, rows) in enumerate(ranks)
-        )
-        raise ValueError(
-            f"context-parallel ranks have different layouts of one micro-batch ({shown}); give all the same pack"
-        )
+        Raises:
+            ValueError: on every rank, when they differ; names what each rank has.
+        """
+        mine = (layout.checksum, len(layout), layout.num_rows, zlib.crc32(self.placement.encode()), content)
+        ranks = all_gather_ints(mine, self.group)
+        if any(theirs != mine for theirs in ranks):
+            shown = "; ".join(
+                f"rank {i}: {segments} segments, {rows} rows, checksums of the layout {layout_sum:08x}, "
+                f"the placement {placement_sum:08x}, the tokens {token_sum:08x}"
+                for i, (layout_sum, segments, rows, placement_sum, token_sum) in enumerate(ranks)
+            )
+            raise ValueError(
+                f"context-parallel ranks have different layouts, placements or tokens of one micro-batch ({shown}); "
+                "give all the same pack and cp_placement"
+            )
 
 
 @dataclass
@@ -105,17 +109,24 @@ class PrefixPackedSeqParams(PackedSeqParams):
 
     @classmethod
     def build(
-        cls, layout: PrefixLayout, device: torch.device, *, multiple_of: int = 1, cp: ContextParallel | None = None
+        cls,
+        layout: PrefixLayout,
+        device: torch.device,
+        *,
+        multiple_of: int = 1,
+        cp: ContextParallel | None = None,
+        content: int = 0,
     ) -> Self:
         """The parameters of ``layout`` on ``device``, padded at the end to ``multiple_of`` rows.
 
         Sequence parallelism needs a multiple of the tensor-parallel size. Padding rows attend to nothing and are
-        attended by nothing. With ``cp``, rows are those that this context-parallel rank owns.
+        attended by nothing. With ``cp``, rows are those that this context-parallel rank owns, and ``content`` is a
+        checksum of the pack's tokens, to be compared over the ranks.
 
         Raises:
-            ValueError: context-parallel ranks have different layouts.
+            ValueError: context-parallel ranks have different packs.
         """
-        share = cp.share(layout, device) if cp is not None and group_size(cp.group) > 1 else None
+        share = cp.share(layout, device, content) if cp is not None and group_size(cp.group) > 1 else None
         positions = torch.tensor(layout.positions, dtype=torch.long)
         rows = None
         if share is not None:
