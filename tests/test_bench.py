@@ -88,11 +88,12 @@ def test_attention_report(dtype: str, tmp_path: Path) -> None:
 def test_the_peer_is_compared_where_it_is_installed() -> None:
     pytest.importorskip("prefix_grouper")
     report = json.loads(bench("attention", *TINY, *HEADS, "--dtype", "fp64", "--json").stdout)
-    result, entry = report["results"]["prefix_grouper"], report["prefix_grouper"]
+    tuned, entry = report["results"]["prefix_grouper_tuned"], report["prefix_grouper"]
     assert entry["status"] == "compared" and entry["version"] and entry["speed_up"]["total"] > 0
-    assert result["area"] == 24 * 25 // 2 + 3 * 4 * 28
+    assert tuned["area"] == 24 * 25 // 2 + 3 * 4 * 28
+    assert report["results"]["prefix_grouper"]["area"] == 24 * 24 + 3 * 4 * 28
     copies = 3 * 28 * 2 * 2 * 8 * 8  # keys and values of prefix and response, once per response, fp64
-    assert result["saved_bytes"] > copies and entry["saved_bytes_ratio"] > 1
+    assert tuned["saved_bytes"] > copies and entry["saved_bytes_ratio"] > 1
 
 
 def test_the_peer_is_named_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,8 +172,8 @@ def test_a_wrong_peer_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("prefix_grouper")
     right = peer.prefix_grouper_attention
 
-    def wrong(sizes: GroupSizes, dtype: torch.dtype) -> peer.Attend:
-        attend = right(sizes, dtype)
+    def wrong(sizes: GroupSizes, dtype: torch.dtype, *, tuned: bool) -> peer.Attend:
+        attend = right(sizes, dtype, tuned=tuned)
         return lambda q, k, v: attend(q, k, v) + 0.01 * v[:, :1]
 
     monkeypatch.setattr(attention, "prefix_grouper_attention", wrong)
