@@ -93,7 +93,7 @@ def _draw_bytes(axes: Axes, plan: CpPlan, shape: AttentionShape, comm_type: str,
     ranks, colours = range(plan.cp_size), _colours(plan.cp_size)
     axes.bar(ranks, forward, color=colours, width=0.7)
     axes.bar(ranks, backward, bottom=forward, color=colours, width=0.7, alpha=0.45)
-    most = float((forward + backward).max())
+    most = float(np.max(forward + backward))
     axes.set_title(f"MiB received per layer, {comm_type}\nforward (solid) + backward: at most {most:,.3g}", fontsize=10)
     _plain(axes, plan.cp_size)
 
