@@ -247,7 +247,8 @@ def test_chunks_bound_the_logits(ranks: list[dict[str, Any]]) -> None:
         peaks = [rank[str(chunk_rows)][4] for chunk_rows in CHUNKS]
         fewer_bytes = (30 - 4) * VOCAB_SIZE // len(ranks) * 8
         assert peaks[1] < peaks[-1] - 1.5 * fewer_bytes  # more than the logits alone: the softmax is chunked as well
-        assert peaks[-2] == peaks[-1]
+        # One chunk is one chunk; a vector [30] more or less may be held by an all-reduce that has just ended.
+        assert abs(peaks[-2] - peaks[-1]) <= 2 * 30 * 8
 
 
 def test_bad_input_is_refused_and_changes_nothing(ranks: list[dict[str, Any]]) -> None:
