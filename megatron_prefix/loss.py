@@ -2,12 +2,10 @@
 
     N  rows of log-probs (response rows of a pack)   R  rollouts of the pack   M  trained (row, rollout) pairs
 
-In plain groups every trained row belongs to one rollout, so a pair is a row. In multi-turn trees several rollouts share
-a row; it then stands in one pair per rollout, and each contributes with its own advantage and weight.
-
-The loss of a pack is its share of the mean over the GLOBAL batch (``BatchTotals``): shares add up, over packs and over
-data-parallel ranks, to the same loss and the same gradients however the batch is cut. A host that averages gradients
-over its ranks instead of adding them must multiply the loss by the number of ranks.
+See `rollout_pairs` for what a pair is. The loss of a pack is the sum of its pairs' weighted terms: its share of the mean
+over the GLOBAL batch (``BatchTotals``). Shares add up, over packs and over data-parallel ranks, to the same loss and the
+same gradients however the batch is cut. A host that averages gradients over its ranks instead of adding them must
+multiply the loss by the number of ranks.
 
 Sources: PPO clipping (arXiv 1707.06347), GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476: token mean,
 separate clip bounds), GSPO (2507.18071: sequence ratio), the KL estimators k1 to k3 (J. Schulman, "Approximating KL
@@ -23,6 +21,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from megatron_prefix.rollout_pairs import BatchTotals, RolloutPairs
 
 KlEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["token", "sequence", "constant"]
@@ -115,124 +115,6 @@ class LossConfig:
             )
 
 
-@dataclass(frozen=True)
-class BatchTotals:
-    """Size of the GLOBAL batch: all packs of the step on all data-parallel ranks. Add those of the packs with ``+``.
-
-    Args:
-        tokens: (row, rollout) pairs, the trained tokens of every rollout.
-        rollouts: rollouts.
-    """
-
-    tokens: int
-    rollouts: int
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "rollouts"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{name} must be an int of 0 or more, got {value!r}")
-
-    def __add__(self, other: BatchTotals) -> BatchTotals:
-        return BatchTotals(self.tokens + other.tokens, self.rollouts + other.rollouts)
-
-
-@dataclass(frozen=True, eq=False)
-class RolloutPairs:
-    """Which trained row of a pack belongs to which rollout. Build it on the host; ``to`` uploads it.
-
-    A rollout is whole in its pack: all its trained rows are there, so ``lengths`` counts its pairs.
-
-    Args:
-        row: int64 [M], index of a row among the pack's N log-probs. Rows that are not trained stand in no pair.
-        rollout: int64 [M], number of the rollout in the pack, from 0.
-        num_rollouts: R.
-        lengths: int64 [R], trained tokens of every rollout, at least 1.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit; for CPU tensors also values (a rollout out of range, a
-            negative row, a pair given twice, lengths that are not the pair counts). CUDA tensors are not read back.
-    """
-
-    row: Tensor
-    rollout: Tensor
-    num_rollouts: int
-    lengths: Tensor
-
-    def __post_init__(self) -> None:
-        for name in ("row", "rollout", "lengths"):
-            value = getattr(self, name)
-            if value.dtype != torch.int64 or value.dim() != 1 or value.device != self.row.device:
-                raise ValueError(
-                    f"{name} must be an int64 vector on the device of row ({self.row.device}), "
-                    f"got {value.dtype} {list(value.shape)} on {value.device}"
-                )
-        if self.row.shape != self.rollout.shape:
-            raise ValueError(
-                f"row and rollout must have one entry per pair, got {len(self.row)} and {len(self.rollout)} entries"
-            )
-        if len(self.lengths) != self.num_rollouts:
-            raise ValueError(f"lengths must have num_rollouts = {self.num_rollouts} entries, got {len(self.lengths)}")
-        if self.row.device.type == "cpu":
-            self._check_values()
-
-    def _check_values(self) -> None:
-        if not len(self.row):
-            if self.num_rollouts:
-                raise ValueError("rollout 0 has no trained row; leave such rollouts out")
-            return
-        low, high = int(self.rollout.min()), int(self.rollout.max())
-        if low < 0 or high >= self.num_rollouts:
-            raise ValueError(f"rollout must be in [0, {self.num_rollouts}), got {low if low < 0 else high}")
-        if int(self.row.min()) < 0:
-            raise ValueError(f"row must be 0 or more, got {int(self.row.min())}")
-        counts = torch.bincount(self.rollout, minlength=self.num_rollouts)
-        wrong = torch.nonzero((counts != self.lengths) | (counts == 0)).flatten().tolist()
-        if wrong:
-            raise ValueError(
-                f"rollout {wrong[0]} has {int(counts[wrong[0]])} pairs but length {int(self.lengths[wrong[0]])}; "
-                "lengths counts the trained rows of a rollout, at least 1, and a rollout must be whole in its pack"
-            )
-        keys = self.rollout * (int(self.row.max()) + 1) + self.row
-        if len(torch.unique(keys)) != len(keys):
-            raise ValueError("a (row, rollout) pair is given twice; a rollout owns a row once")
-
-    @classmethod
-    def one_per_row(
-        cls, response_lengths: Sequence[int], loss_masks: Sequence[Sequence[int | bool] | None] | None = None
-    ) -> RolloutPairs:
-        """Pairs of plain groups: responses one after another, N = sum(response_lengths), every row in one rollout.
-
-        ``loss_masks`` has one mask, or None for "all trained", per response; rows with a 0 are left out of the pairs.
-        """
-        masks = [None] * len(response_lengths) if loss_masks is None else list(loss_masks)
-        if len(masks) != len(response_lengths):
-            raise ValueError(
-                f"got {len(masks)} loss_masks for {len(response_lengths)} responses; give one (or None) each"
-            )
-        kept = []
-        for i, (length, mask) in enumerate(zip(response_lengths, masks, strict=True)):
-            if mask is not None and len(mask) != length:
-                raise ValueError(
-                    f"response {i} has {length} rows but a loss mask of {len(mask)}; give one value per row"
-                )
-            kept.append(torch.ones(length, dtype=torch.bool) if mask is None else torch.tensor(mask, dtype=torch.bool))
-        lengths = torch.tensor([int(mask.sum()) for mask in kept], dtype=torch.int64)
-        rollout = torch.repeat_interleave(torch.arange(len(kept)), lengths)
-        row = torch.nonzero(torch.cat(kept)).flatten() if kept else torch.empty(0, dtype=torch.int64)
-        return cls(row, rollout, len(kept), lengths)
-
-    @property
-    def totals(self) -> BatchTotals:
-        """This pack's part of the global batch's totals."""
-        return BatchTotals(len(self.row), self.num_rollouts)
-
-    def to(self, device: torch.device | str) -> RolloutPairs:
-        """The same pairs on ``device``."""
-        move = [tensor.to(device, non_blocking=True) for tensor in (self.row, self.rollout, self.lengths)]
-        return RolloutPairs(move[0], move[1], self.num_rollouts, move[2])
-
-
 def grpo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -245,7 +127,38 @@ def grpo_loss(
     entropy: Tensor | None = None,
     config: LossConfig | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One pack's share: the sum over its pairs of weight x (policy term + kl_coef x KL - entropy_coef x entropy).
+    """One pack's share of the loss: the sum of `grpo_loss_terms`, which has the arguments, the metrics and the errors.
+
+    Returns:
+        The loss (scalar, dtype of ``log_probs``) and the metrics.
+    """
+    terms, metrics = grpo_loss_terms(
+        log_probs,
+        old_log_probs,
+        advantages,
+        pairs,
+        totals,
+        ref_log_probs=ref_log_probs,
+        sampler_log_probs=sampler_log_probs,
+        entropy=entropy,
+        config=config,
+    )
+    return terms.sum(), metrics
+
+
+def grpo_loss_terms(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    pairs: RolloutPairs,
+    totals: BatchTotals,
+    *,
+    ref_log_probs: Tensor | None = None,
+    sampler_log_probs: Tensor | None = None,
+    entropy: Tensor | None = None,
+    config: LossConfig | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of every pair: weight x (policy term + kl_coef x KL - entropy_coef x entropy). Their sum is the loss.
 
     Gradients flow to ``log_probs`` and ``entropy`` only. Where a log-ratio is not finite the loss is what the formula
     gives; the metric ``nonfinite`` counts such pairs, since checking here would stall the device.
@@ -262,9 +175,10 @@ def grpo_loss(
         config: what to compute; None for ``LossConfig()``.
 
     Returns:
-        The loss (scalar, dtype of ``log_probs``) and the metrics: detached fp64 scalars that ``add_metrics`` adds over
-        packs and ``summarize`` turns into means. Sums over pairs, except ``loss`` (the share itself), ``rollouts`` and
-        the maxima, whose names end in ``_max``: a collective must reduce those with MAX and all others with SUM.
+        The weighted terms [M] in pair order (dtype of ``log_probs``), and the metrics: detached fp64 scalars that
+        ``add_metrics`` adds over packs and ``summarize`` turns into means. Sums over pairs, except ``loss`` (the share
+        itself), ``rollouts`` and the maxima, whose names end in ``_max``: a collective must reduce those with MAX and
+        all others with SUM.
 
     Raises:
         ValueError: wrong shape, dtype or device, totals below the pack's, or a tensor that ``config`` needs missing.
@@ -323,9 +237,9 @@ def grpo_loss(
         metrics["entropy"] = _sum(uncertainty.detach())
         if config.entropy_coef > 0:
             term = term - config.entropy_coef * uncertainty
-    loss = _weighted_sum(term, pairs, totals, config)
-    metrics["loss"] = loss.detach().double()
-    return loss, metrics
+    weighted = _weighted(term, pairs, totals, config)
+    metrics["loss"] = _sum(weighted.detach())
+    return weighted, metrics
 
 
 def add_metrics(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -356,13 +270,14 @@ def summarize(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: value if name in whole or name.endswith("_max") else value / count for name, value in values.items()}
 
 
-def _weighted_sum(term: Tensor, pairs: RolloutPairs, totals: BatchTotals, config: LossConfig) -> Tensor:
+def _weighted(term: Tensor, pairs: RolloutPairs, totals: BatchTotals, config: LossConfig) -> Tensor:
+    """[M]: every pair's term times its weight in the mean over the global batch (an empty batch counts as 1)."""
     if config.aggregation == "token":
-        return term.sum() / max(totals.tokens, 1)  # 0 tokens: an empty batch, whose loss is 0
+        return term / max(totals.tokens, 1)
     if config.aggregation == "sequence":
-        return (term / pairs.lengths.index_select(0, pairs.rollout)).sum() / max(totals.rollouts, 1)
+        return term / pairs.lengths.index_select(0, pairs.rollout) / max(totals.rollouts, 1)
     assert config.constant_length is not None  # LossConfig saw to it
-    return term.sum() / (config.constant_length * max(totals.rollouts, 1))
+    return term / (config.constant_length * max(totals.rollouts, 1))
 
 
 def _rollout_mean(values: Tensor, pairs: RolloutPairs) -> Tensor:

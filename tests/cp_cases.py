@@ -11,7 +11,6 @@ from megatron.core import parallel_state
 from megatron_prefix import LossConfig, RolloutGroup, pack_groups, prefix_gpt_layer_spec, response_log_probs
 from megatron_prefix.context_parallel.plan import CpPlan
 from megatron_prefix.mcore.equivalence import (
-    Evaluation,
     copy_parameters,
     differences,
     evaluate,
@@ -144,7 +143,6 @@ def bf16_errors(rank: int, world_size: int, world: World, case: Case) -> dict[st
     copy_parameters(oracle.model, exact.model)
     inputs, repeated = make_inputs(trainer, batch_of(case.batch), MAX_TOKENS)
     evaluations = [evaluate(trainer, inputs), evaluate(oracle, repeated), evaluate(exact, repeated)]
-    evaluations = [Evaluation(e.log_probs.float(), e.loss, e.gradients) for e in evaluations]
     log_probs = [(e.log_probs - evaluations[2].log_probs).norm().item() for e in evaluations[:2]]
     gradients = [
         sum((e.gradients[name] - g).square().sum().item() for name, g in evaluations[2].gradients.items()) ** 0.5

@@ -274,7 +274,6 @@ def compare_bf16(case: Case) -> dict[str, tuple[float, float]]:
     trainers += [PolicyTrainer(m, settings, LossConfig(), log_probs=repeated_log_probs) for m in (plain, exact)]
     inputs, repeated = make_inputs(trainers[0], trainers[0].shard(ragged_batch(case.trees)), MAX_TOKENS)
     evaluations = [evaluate(t, batch) for t, batch in zip(trainers, (inputs, repeated, repeated), strict=True)]
-    evaluations = [Evaluation(e.log_probs.float(), e.loss, e.gradients) for e in evaluations]
     mine, theirs = (differences(e, evaluations[2]) for e in evaluations[:2])
     # Errors of single numbers scatter: what counts is the norm over all log-probs, and over all gradients.
     log_probs = [(e.log_probs - evaluations[2].log_probs).norm().item() for e in evaluations[:2]]

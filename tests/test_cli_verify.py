@@ -127,6 +127,14 @@ def test_every_difference_counts(name: str, wrong: float) -> None:
     assert math.isfinite(wrong) or not Limits.twice(wrong_way, 1e-5).hold(wrong_way)
 
 
+def test_twice_the_plain_paths_own_error_and_nothing_else() -> None:
+    own = Differences(7.0, 0.01, 0.02, {"a": 0.03, "b": 0.04}, {"a": 0.05, "b": 0.001})
+    assert Limits.twice(own, 0.0) == Limits(0.02, 0.04, 0.08, 0.1)
+    assert Limits.twice(own, 0.05) == Limits(0.05, 0.05, 0.08, 0.1)
+    exact = Differences(0.0, 0.0, 0.0, {"a": 0.0}, {})
+    assert Limits.twice(exact, 0.0) == Limits.uniform(0.0)  # in bf16 too
+
+
 def test_tiny_groups_are_seeded_and_ragged() -> None:
     assert tiny_groups(50, 3) == tiny_groups(50, 3) != tiny_groups(50, 4)
     made = tiny_groups(50, 3)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -10,9 +10,10 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_prefix import LossConfig, PrefixLayout
+from megatron_prefix import BatchTotals, LossConfig, Pack, PrefixLayout, pack_groups
 from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.attention.sdpa import SdpaKernel
+from megatron_prefix.mcore import equivalence
 from megatron_prefix.mcore.equivalence import TOLERANCE, Evaluation, differences
 from megatron_prefix.mcore.packed import PrefixPackedSeqParams
 from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
@@ -70,7 +71,7 @@ def compare_bf16(rank: int, world_size: int) -> dict[str, Any]:
 def test_bf16_is_within_twice_the_plain_paths_own_error() -> None:
     (result,) = run_distributed(compare_bf16, 1, timeout_s=TIMEOUT_S)
     for name in BF16:
-        for quantity in ("log_probs", "gradients"):
+        for quantity in ("log_probs", "gradients", "loss"):
             mine, plain = result[name][quantity]
             assert 0 < mine <= 2 * plain, f"{name}: {quantity} {mine} against {plain}"
 
@@ -113,8 +114,10 @@ def test_the_loss_is_the_same_however_the_batch_is_cut() -> None:
         one_pack, *others = whole[3 * i : 3 * i + 3]
         others += [rank[2 * i + cut] for rank in ranks for cut in range(2)]
         assert abs(one_pack.loss) > 1e-4
+        assert one_pack.terms.sum().item() == pytest.approx(one_pack.loss, rel=1e-10)
         for other in others:
             assert other.loss == pytest.approx(one_pack.loss, rel=1e-10)
+            assert other.terms_size == pytest.approx(one_pack.terms_size, rel=1e-10)
             for name, gradient in one_pack.gradients.items():
                 assert (other.gradients[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
 
@@ -212,6 +215,53 @@ def test_deliberate_errors_are_noticed() -> None:
             assert result["max_log_prob_diff"] > 1e-4, name
 
 
+# ---- deliberate errors of the loss alone: every log-prob is right
+
+
+@contextmanager
+def one_token_too_many() -> Iterator[None]:
+    count = PolicyTrainer._global_totals
+
+    def wrong(self: PolicyTrainer, inputs: Any) -> BatchTotals:
+        shared = any(parent != -1 for batch in inputs for parent in batch.pack.layout.parents)
+        return count(self, inputs) + BatchTotals(int(shared), 0)
+
+    with mock.patch.object(PolicyTrainer, "_global_totals", wrong):
+        yield
+
+
+@contextmanager
+def swapped_advantages() -> Iterator[None]:
+    def wrong(*args: Any, **options: Any) -> list[Pack]:
+        return [replace(pack, advantages=pack.advantages.flip(0)) for pack in pack_groups(*args, **options)]
+
+    with mock.patch.object(equivalence, "pack_groups", wrong):
+        yield
+
+
+LOSS_MUTANTS = {"none": nullcontext, "totals": one_token_too_many, "advantages": swapped_advantages}
+
+
+def compare_loss_mutants(rank: int, world_size: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    found = {}
+    for name, mutant in LOSS_MUTANTS.items():
+        with mutant():
+            found[name] = (ec.in_groups(1, 1, ec.compare, FP64), ec.in_groups(1, 1, ec.compare_bf16, FP64))
+    return found
+
+
+def test_a_loss_of_wrong_totals_or_advantages_is_noticed() -> None:
+    """In bf16 too, where twice the plain path's own error is the limit."""
+    (found,) = run_distributed(compare_loss_mutants, 1, timeout_s=TIMEOUT_S)
+    for name, (exact, half) in found.items():
+        assert exact["max_log_prob_rel_diff"] <= 1e-10, name
+        mine, plain = half["loss"]
+        if name == "none":
+            assert exact["loss_rel_diff"] <= 1e-10 and 0 < mine <= 2 * plain
+        else:
+            assert exact["loss_rel_diff"] > 1e-3 and mine > 2 * plain, name
+
+
 # ---- settings that cannot work
 
 
@@ -261,20 +311,29 @@ def test_a_trainer_refuses_what_megatron_core_cannot_do_in_fp64() -> None:
 # ---- the comparison itself
 
 
-def evaluation(log_prob: float = -1.0, loss: float = 0.5, gradient: float = 2.0) -> Evaluation:
-    return Evaluation(torch.tensor([-2.0, log_prob]), loss, {"w": torch.tensor([gradient, 1.0])})
+def evaluation(
+    log_prob: float = -1.0, loss: float = 0.5, gradient: float = 2.0, terms: tuple[float, float] = (2.0, -1.5)
+) -> Evaluation:
+    return Evaluation(
+        torch.tensor([-2.0, log_prob]),
+        loss,
+        torch.tensor(terms).double(),
+        sum(map(abs, terms)),
+        {"w": torch.tensor([gradient, 1.0])},
+    )
 
 
 def compare_with_nan(rank: int, world_size: int) -> list[float]:
     """The worst difference where only the last rank has a NaN."""
     nan = math.nan if rank == world_size - 1 else 1.0
     wrong = [evaluation(log_prob=-1.0 * nan), evaluation(loss=0.5 * nan), evaluation(gradient=2.0 * nan)]
+    wrong.append(evaluation(terms=(2.0 * nan, -1.5)))
     return [differences(each, evaluation()).worst for each in [evaluation(), *wrong]]
 
 
 def test_a_nan_on_any_rank_is_an_infinite_difference() -> None:
     for rank in run_distributed(compare_with_nan, 2):
-        assert rank == [0.0, math.inf, math.inf, math.inf]
+        assert rank == [0.0, math.inf, math.inf, math.inf, math.inf]
 
 
 def compare_numbers(rank: int, world_size: int) -> Any:
@@ -290,9 +349,34 @@ def compare_numbers(rank: int, world_size: int) -> Any:
 def test_differences_by_hand() -> None:
     ((found, refusal),) = run_distributed(compare_numbers, 1)
     assert found[0].max_log_prob_diff == 0.5 and found[0].max_log_prob_rel_diff == 0.25
-    assert found[1].loss_rel_diff == 0.5
+    assert found[0].loss_rel_diff == found[2].loss_rel_diff == 0.0
+    assert found[1].loss_rel_diff == found[1].worst == 0.25 / 3.5  # not over the loss, in which the terms cancel
     assert found[2].max_grad_rel_diff == pytest.approx(1 / math.sqrt(5))
     assert "different parameters: ['v', 'w']" in refusal
+
+
+def compare_terms(rank: int, world_size: int) -> list[float]:
+    """Loss differences where every rank has its own pairs; `terms_size` is of all of them."""
+    reference = replace(evaluation(terms=((3.0, -4.0), (12.0, 0.0))[rank]), terms_size=19.0)
+    nothing = evaluation(loss=0.0, terms=(0.0, 0.0))
+
+    def moved(of: Evaluation, *by: float) -> float:
+        return differences(replace(of, terms=of.terms + torch.tensor(by)), of).loss_rel_diff
+
+    return [
+        moved(reference, 0.0, 1.3 * (1 - rank)),  # one pair of one rank
+        moved(reference, 1.0, -1.0),  # which the loss does not see
+        differences(replace(reference, loss=0.5 + 19 / 4), reference).loss_rel_diff,  # which the terms do not see
+        moved(nothing, 0.0, 0.0),
+        moved(nothing, 0.0, 1e-30 * rank),
+        differences(replace(nothing, loss=1e-30), nothing).loss_rel_diff,
+    ]
+
+
+def test_loss_differences_by_hand() -> None:
+    """The norm of the reference's terms is sqrt(3^2 + 4^2 + 12^2) = 13, and they are 19 together."""
+    for rank in run_distributed(compare_terms, 2):
+        assert rank == pytest.approx([1.3 / 13, 2 / 13, 0.25, 0.0, math.inf, math.inf])
 
 
 def compare_vanishing_gradients(rank: int, world_size: int) -> list[float]:

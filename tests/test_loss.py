@@ -21,6 +21,7 @@ from megatron_prefix.loss import (
     add_metrics,
     group_advantages,
     grpo_loss,
+    grpo_loss_terms,
     summarize,
 )
 
@@ -253,6 +254,28 @@ def test_metrics_equal_counts_made_by_hand():
     assert not any(value.requires_grad for value in metrics.values())
     with pytest.raises(ValueError, match=r"'kl'.* in one pack only"):
         add_metrics(metrics, batch.loss(totals_of(batch), config, ref_log_probs=None)[1])
+
+
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        (LossConfig(), [1 / 6] * 3),
+        (LossConfig(aggregation="sequence"), [1 / 2 / 4, 1 / 2 / 4, 1 / 4]),
+        (LossConfig(aggregation="constant", constant_length=5), [1 / 20] * 3),
+    ],
+)
+def test_terms_by_hand(config, weights):
+    """Ratios 1, 1.5 (clipped to 1.2) and 0.5 (clipped to 0.8) of a rollout of two tokens and one of one token."""
+    ratios = torch.tensor([1.0, 1.5, 0.5], dtype=torch.float64)
+    pairs = RolloutPairs.one_per_row([2, 2], [None, [0, 1]])
+    log_probs = torch.stack([ratios[0], ratios[1], torch.tensor(7.0), ratios[2]]).log()
+    inputs = (log_probs, torch.zeros(4), torch.tensor([2.0, -1.0]), pairs, BatchTotals(6, 4))
+    terms, metrics = grpo_loss_terms(*inputs, config=config)
+    expected = [weight * term for weight, term in zip(weights, [-2.0, -2.4, 0.8], strict=True)]
+    assert terms.tolist() == pytest.approx(expected, abs=1e-6) and terms.dtype == torch.float64
+    loss, same = grpo_loss(*inputs, config=config)
+    assert loss.item() == pytest.approx(sum(expected), abs=1e-6)
+    assert summarize(metrics) == summarize(same) and summarize(same)["loss"] == pytest.approx(sum(expected), abs=1e-6)
 
 
 def test_a_log_ratio_that_is_not_finite_is_counted():

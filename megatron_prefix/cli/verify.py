@@ -158,10 +158,14 @@ class Limits:
 
     @classmethod
     def twice(cls, own: Differences, floor: float) -> Limits:
-        """Twice the plain path's own error, and at least ``floor``. The loss may be off by bf16's rounding in bf16
-        (``floor`` 0), since its terms cancel."""
-        gradient, log_prob = max(2 * own.max_grad_rel_diff, floor), max(2 * own.max_log_prob_rel_diff, floor)
-        return cls(log_prob, max(2 * own.loss_rel_diff, floor or 2**-8), gradient, 0.0)
+        """Twice the plain path's own error, and at least ``floor``."""
+        errors = (
+            own.max_log_prob_rel_diff,
+            own.loss_rel_diff,
+            own.max_grad_rel_diff,
+            max(own.parameters.values(), default=0.0),
+        )
+        return cls(*(max(2 * error, floor) for error in errors))
 
     def hold(self, found: Differences) -> bool:
         """Whether every difference is within its limit."""

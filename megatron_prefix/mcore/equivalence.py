@@ -28,10 +28,20 @@ OLD_POLICY_NOISE = 0.1
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One path's results: log-probs in pair order, the loss of the global batch, gradients and parameters by name."""
+    """One path's results.
+
+    Attributes:
+        log_probs: of this rank's pairs, in their order.
+        loss: of the global batch.
+        terms: fp64, what every pair of this rank adds to the loss, in their order.
+        terms_size: the sum of their absolute values over the global batch: the loss without cancellation.
+        gradients, parameters: by name.
+    """
 
     log_probs: Tensor
     loss: float
+    terms: Tensor
+    terms_size: float
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
@@ -43,8 +53,9 @@ class Differences:
     Attributes:
         max_log_prob_diff: largest absolute difference, in nats.
         max_log_prob_rel_diff: the same over the largest absolute log-prob (at least 1).
-        loss_rel_diff: relative to the larger of the loss and 0.1: its terms have the size of normalised advantages and
-            cancel, so the rounding of fp32 is relative to them.
+        loss_rel_diff: the larger of two: the norm of the difference of the loss's terms, one per (row, rollout) pair,
+            over the norm of the reference's terms; and the difference of the loss over the sum of their absolute
+            values. The terms cancel in the loss, so that its own size says nothing of its rounding.
         gradients: per parameter, the norm of the difference over the norm of the reference, which counts as at least
             `SMALLEST_SHARE` of that of all gradients; empty with the distributed optimizer, which leaves each rank a
             shard of the sums.
@@ -97,14 +108,16 @@ def make_inputs(
 def evaluate(trainer: PolicyTrainer, inputs: Sequence[StepInput], steps: int = 0) -> Evaluation:
     """Log-probs, loss and gradients of a batch, then the parameters after ``steps`` optimizer steps on it."""
     log_probs = torch.cat([trainer.log_probs(batch.pack)[batch.pack.pairs.row] for batch in inputs])
-    loss = trainer.gradients(inputs)["loss"]
+    metrics, terms = trainer.gradients_and_terms(inputs)
+    terms = terms.double().cpu()
+    terms_size = sum(all_gather_object(terms.abs().sum().item(), trainer.dp_group))
     gradients: dict[str, Tensor] = {}
     if not trainer.settings.distributed_optimizer:
         gradients = {name: gradient.clone() for name, gradient in trainer.named_gradients().items()}
     for _ in range(steps):
         trainer.step(inputs)
     parameters = {n: p.detach().clone() for n, p in unwrap(trainer.model).named_parameters()} if steps else {}
-    return Evaluation(log_probs, loss, gradients, parameters)
+    return Evaluation(log_probs, metrics["loss"], terms, terms_size, gradients, parameters)
 
 
 def differences(result: Evaluation, reference: Evaluation) -> Differences:
@@ -113,15 +126,17 @@ def differences(result: Evaluation, reference: Evaluation) -> Differences:
     scale = max(1.0, reference.log_probs.abs().max().item())
     mine = {
         "log_probs": (diff, scale),
-        "loss": abs(result.loss - reference.loss) / max(abs(reference.loss), 0.1),
+        "loss": _ratio(abs(result.loss - reference.loss), reference.terms_size),
+        "terms": _squares({"terms": result.terms}, {"terms": reference.terms}),
         "gradients": _squares(result.gradients, reference.gradients),
         "parameters": _squares(result.parameters, reference.parameters),
     }
     ranks = all_gather_object(mine, torch.distributed.group.WORLD)
+    terms = _relative([rank["terms"] for rank in ranks])
     return Differences(
         max_log_prob_diff=_largest(rank["log_probs"][0] for rank in ranks),
         max_log_prob_rel_diff=_largest(d / s for d, s in (rank["log_probs"] for rank in ranks)),
-        loss_rel_diff=_largest(rank["loss"] for rank in ranks),
+        loss_rel_diff=_largest([*(rank["loss"] for rank in ranks), *terms.values()]),
         gradients=_relative([rank["gradients"] for rank in ranks], SMALLEST_SHARE),
         parameters=_relative([rank["parameters"] for rank in ranks]),
     )
@@ -158,9 +173,13 @@ def _relative(ranks: Sequence[Squares], smallest_share: float = 0.0) -> dict[str
     for name in ranks[0]:
         diff = sum(rank[name][0] for rank in ranks)
         norm = max(floor, sum(rank[name][1] for rank in ranks))
-        relative = math.sqrt(diff / norm) if norm > 0 else (0.0 if diff == 0 else math.inf)
-        result[name] = _largest([relative])
+        result[name] = _largest([math.sqrt(_ratio(diff, norm))])
     return result
+
+
+def _ratio(diff: float, size: float) -> float:
+    """``diff / size``, both 0 or more; no difference from nothing is 0, any other is infinite."""
+    return diff / size if size > 0 else (0.0 if diff == 0 else math.inf)
 
 
 def copy_parameters(source: torch.nn.Module, target: torch.nn.Module) -> None:

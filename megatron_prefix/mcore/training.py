@@ -17,7 +17,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_prefix.collectives import all_gather_object
-from megatron_prefix.loss import BatchTotals, LossConfig, add_metrics, grpo_loss, summarize
+from megatron_prefix.loss import BatchTotals, LossConfig, add_metrics, grpo_loss_terms, summarize
 from megatron_prefix.mcore.log_probs import response_log_probs
 from megatron_prefix.packing import Pack, RolloutTree, balance_groups
 from megatron_prefix.rollouts import RolloutGroup
@@ -169,6 +169,10 @@ class PolicyTrainer:
 
     def gradients(self, inputs: Sequence[StepInput]) -> dict[str, float]:
         """The forward and backward part of `step`: gradients of the global batch are in every ``param.main_grad``."""
+        return self.gradients_and_terms(inputs)[0]
+
+    def gradients_and_terms(self, inputs: Sequence[StepInput]) -> tuple[dict[str, float], Tensor]:
+        """`gradients`, and the weighted terms (see `grpo_loss_terms`) of this rank's pairs, packs in order."""
         if not inputs:
             raise ValueError(
                 "this data-parallel rank has no micro-batch; give every rank at least one group, or use fewer ranks"
@@ -177,7 +181,7 @@ class PolicyTrainer:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = get_forward_backward_func()(
+        outputs = get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, totals),
             data_iterator=iter(inputs),
             model=[self.model],
@@ -186,7 +190,8 @@ class PolicyTrainer:
             micro_batch_size=1,
             forward_only=False,
         )
-        return self._summarize(metrics)
+        metrics, terms = zip(*outputs, strict=True)
+        return self._summarize(metrics), torch.cat(terms)
 
     def shard(self, groups: Sequence[GroupType]) -> list[GroupType]:
         """This data-parallel rank's share of the global batch, see `balance_groups`."""
@@ -206,13 +211,13 @@ class PolicyTrainer:
 
     def _loss(
         self, totals: BatchTotals, batch: StepInput, entropy: Tensor | None, log_probs: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor, tuple[dict[str, Tensor], Tensor]]:
         pack, device = batch.pack, log_probs.device
 
         def upload(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device, non_blocking=True)
 
-        loss, metrics = grpo_loss(
+        terms, metrics = grpo_loss_terms(
             log_probs,
             batch.old_log_probs.to(device, non_blocking=True),
             pack.advantages.to(device, non_blocking=True),
@@ -223,7 +228,8 @@ class PolicyTrainer:
             entropy=entropy,
             config=self.loss,
         )
-        return loss * self.share, torch.ones((), dtype=torch.int, device=device), metrics
+        loss = terms.sum() * self.share
+        return loss, torch.ones((), dtype=torch.int, device=device), (metrics, terms.detach())
 
     def _global_totals(self, inputs: Sequence[StepInput]) -> BatchTotals:
         mine = BatchTotals(0, 0)
@@ -232,7 +238,7 @@ class PolicyTrainer:
         shares = all_gather_object(dataclasses.astuple(mine), self.dp_group)
         return BatchTotals(*(sum(column) for column in zip(*shares, strict=True)))
 
-    def _summarize(self, per_pack: list[dict[str, Tensor]]) -> dict[str, float]:
+    def _summarize(self, per_pack: Sequence[dict[str, Tensor]]) -> dict[str, float]:
         mine = {name: value.cpu() for name, value in _add_all(per_pack).items()}
         return summarize(_add_all(all_gather_object(mine, self.dp_group)))
 
