@@ -3,11 +3,12 @@
 `dual_chunk_swap` cuts every segment into 2 * cp_size chunks and gives rank r the chunks r and 2 * cp_size - 1 - r,
 which balances a causal mask (Transformer Engine's order, per segment). `branch` cuts only segments that others attend
 to in that way and places whole responses on ranks, balanced by attention area, so that the keys of a response stay
-where they are; what does not fit within the balance is cut.
+where they are; what does not fit within the balance is cut between as few ranks as balance, in dual chunks again.
 """
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 from megatron_prefix.layout import PrefixLayout
@@ -66,36 +67,76 @@ def area(layout: PrefixLayout, piece: Piece) -> int:
 def _place_whole(layout: PrefixLayout, whole: list[Piece], pieces: list[list[Piece]]) -> None:
     """Add the responses to the ranks' pieces: largest first where it fits best, the rest cut to fill what is left."""
     loads = [sum(area(layout, piece) for piece in mine) for mine in pieces]
-    mean = (sum(loads) + sum(area(layout, piece) for piece in whole)) / len(pieces)
-    room = [mean * (1 + IMBALANCE) - load for load in loads]
+    limit = (sum(loads) + sum(area(layout, piece) for piece in whole)) / len(pieces) * (1 + IMBALANCE)
     left = []
     for piece in sorted(whole, key=lambda piece: (-area(layout, piece), piece)):
-        rank = max(range(len(pieces)), key=lambda r: (room[r], -r))
-        if area(layout, piece) <= room[rank]:
+        rank = loads.index(min(loads))
+        if loads[rank] + area(layout, piece) <= limit:
             pieces[rank].append(piece)
-            room[rank] -= area(layout, piece)
+            loads[rank] += area(layout, piece)
         else:
             left.append(piece)
-    for piece in left:
-        while piece.end > piece.start:
-            rank = max(range(len(pieces)), key=lambda r: (room[r], -r))
-            end = piece.end if area(layout, piece) <= room[rank] else _cut(layout, piece, room[rank])
-            part = piece._replace(end=end)
-            pieces[rank].append(part)
-            room[rank] -= area(layout, part)
-            piece = piece._replace(start=end)
+    if left:
+        room = _room(loads, sum(area(layout, piece) for piece in left), limit)
+        for piece in left:
+            for rank, part in _cut(layout, piece, _take(room, area(layout, piece))):
+                pieces[rank].append(part)
 
 
-def _cut(layout: PrefixLayout, piece: Piece, room: float) -> int:
-    """Where to end the part of a piece that fills ``room``: the last row that fits, at least one row."""
-    low, high = piece.start + 1, piece.end
+def _room(loads: list[int], total: int, limit: float) -> dict[int, Fraction]:
+    """What each rank gets of an area that is cut: as few ranks as stay under the limit share it, and end up equal."""
+    ranks = sorted(range(len(loads)), key=lambda rank: (loads[rank], rank))
+    together = total
+    for count, rank in enumerate(ranks, 1):
+        together += loads[rank]
+        if together <= limit * count:
+            break
+    return {rank: Fraction(together, count) - loads[rank] for rank in ranks[:count]}
+
+
+def _take(room: dict[int, Fraction], total: int) -> dict[int, Fraction]:
+    """Fill ranks with ``total``, the one with most room first, so that few share one response; lowers their room."""
+    taken = {}
+    left = Fraction(total)
+    for rank in sorted(room, key=lambda rank: (-room[rank], rank)):
+        taken[rank] = min(left, room[rank])
+        room[rank] -= taken[rank]
+        left -= taken[rank]
+    return {rank: share for rank, share in taken.items() if share > 0}
+
+
+def _cut(layout: PrefixLayout, piece: Piece, shares: dict[int, Fraction]) -> list[tuple[int, Piece]]:
+    """Cut a response between ranks in proportion to ``shares`` of its area.
+
+    Each rank gets a chunk from the front and its mirror image from the back. The mean row of such a pair is that of the
+    response, so shares of the area are shares of the rows as well. What rounding adds at the back, where rows are
+    dearest, the chunk at the front makes up for.
+    """
+    parts = []
+    whole, total, done = area(layout, piece), sum(shares.values()), Fraction(0)
+    front, back = piece.start, piece.end
+    for i, (rank, share) in enumerate(shares.items(), 1):
+        done += share / total
+        last = i == len(shares)
+        cut = front if last else max(front, piece.end - round(done * (piece.end - piece.start) / 2))
+        behind = area(layout, piece._replace(start=cut))
+        end = cut if last else _end_at(layout, piece._replace(start=front, end=cut), piece.start, done * whole - behind)
+        parts += [(rank, piece._replace(start=front, end=end)), (rank, piece._replace(start=cut, end=back))]
+        front, back = end, cut
+    return parts
+
+
+def _end_at(layout: PrefixLayout, piece: Piece, start: int, target: Fraction) -> int:
+    """The end within ``piece`` at which the area from row ``start`` on is closest to ``target``."""
+
+    def miss(end: int) -> Fraction:
+        return area(layout, Piece(piece.segment, start, end)) - target
+
+    low, high = piece.start, piece.end
     while low < high:
-        middle = (low + high + 1) // 2
-        if area(layout, piece._replace(end=middle)) <= room:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+        middle = (low + high) // 2
+        low, high = (low, middle) if miss(middle) >= 0 else (middle + 1, high)
+    return low - 1 if low > piece.start and -miss(low - 1) < miss(low) else low
 
 
 def _joined(pieces: list[Piece]) -> tuple[Piece, ...]:
