@@ -18,6 +18,9 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
+FLOPS_PER_PAIR = 14
+"""Of one (query, key) pair, per head and channel: two matrix products forward and five backward, two FLOPs each."""
+
 
 class AncestorRange(NamedTuple):
     """Queries of a segment's descendants (contiguous, because depth-first) against that segment's keys, in rows."""

@@ -14,9 +14,10 @@ from click.testing import CliRunner, Result
 from megatron_prefix import PrefixLayout, RolloutGroup, write_rollouts
 from megatron_prefix.cli.main import main
 from megatron_prefix.cli.plan_picture import MOST_PIXELS, NOT_SEEN, owners_of_pairs
+from megatron_prefix.context_parallel.choice import CpLayers, predicted_cost
 from megatron_prefix.context_parallel.placement import PLACEMENTS
 from megatron_prefix.context_parallel.plan import CpPlan
-from megatron_prefix.context_parallel.traffic import AttentionShape, plan_with_traffic, repeated_traffic
+from megatron_prefix.context_parallel.traffic import AttentionShape, plan_with_traffic, untrimmed_traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--prefix-len", "40", "--response-len", "9", "--group-size", "5", "--cp", "4"]
@@ -38,32 +39,39 @@ def report(*arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("way", [["p2p"], ["a2a"], ["a2a+p2p", "--cp-a2a", "2"]], ids=lambda way: way[0])
 def test_json_is_the_plan(placement: str, way: list[str]) -> None:
-    data = report(*TINY, *HEADS, "--placement", placement, "--comm-type", *way)
+    data = report(*TINY, *HEADS, "--cp-placement", placement, "--cp-comm-type", *way)
     plan = CpPlan.build(TINY_LAYOUT, 4, placement)
     a2a = int(way[2]) if len(way) > 1 else None
     (pack,) = data["packs"]
     costs = pack.pop("costs")
     assert pack == plan_with_traffic(plan, SHAPE, way[0], a2a)
-    assert costs == {name: CpPlan.build(TINY_LAYOUT, 4, name).cost for name in PLACEMENTS}
+    layers = CpLayers(SHAPE, (way[0],), a2a)
+    assert costs == {name: predicted_cost(CpPlan.build(TINY_LAYOUT, 4, name), layers) for name in PLACEMENTS}
     assert (data["command"], data["comm_type"], data["cp_a2a"]) == ("plan-cp", way[0], a2a)
 
 
-def test_every_way_is_listed_beside_repeated_prefixes() -> None:
+def test_every_way_is_listed_beside_repeated_prefixes_and_every_key() -> None:
     ways = report(*TINY, *HEADS)["ways"]
     listed = [(way["comm_type"], way["cp_a2a"], way["placement"]) for way in ways]
-    names = ("repeated prefixes", *PLACEMENTS)
+    names = ("repeated", "every key", *PLACEMENTS)
     kinds = [("p2p", None), ("all_gather", None), ("a2a", None), ("a2a+p2p", 2)]
     assert listed == [(*kind, name) for kind in kinds for name in names]
+    found = {(way["comm_type"], way["placement"]): way for way in ways}
     for way in ways:
-        if way["placement"] == "repeated prefixes":
-            moved = repeated_traffic(TINY_LAYOUT, 4, SHAPE, way["comm_type"], way["cp_a2a"])
-            assert (way["forward"], way["forward_backward"]) == (moved.forward.received, moved.total.received)
-            continue
-        plan = CpPlan.build(TINY_LAYOUT, 4, way["placement"])
-        ranks = plan_with_traffic(plan, SHAPE, way["comm_type"], way["cp_a2a"])["ranks"]
-        parts = [(rank["bytes"]["forward"]["received"], rank["bytes"]["backward"]["received"]) for rank in ranks]
+        how = way["comm_type"], way["cp_a2a"]
+        if way["placement"] in ("repeated", "every key"):
+            layout = TINY_LAYOUT.repeated() if way["placement"] == "repeated" else TINY_LAYOUT
+            moved = untrimmed_traffic(layout, 4, SHAPE, *how)
+            parts = [(moved.forward.received, moved.backward.received)] * 4
+        else:
+            ranks = plan_with_traffic(CpPlan.build(TINY_LAYOUT, 4, way["placement"]), SHAPE, *how)["ranks"]
+            parts = [(rank["bytes"]["forward"]["received"], rank["bytes"]["backward"]["received"]) for rank in ranks]
         assert way["forward"] == max(forward for forward, _ in parts)
         assert way["forward_backward"] == max(map(sum, parts))
+        assert way["forward_all_ranks"] == sum(forward for forward, _ in parts)
+        assert way["forward_backward_all_ranks"] == sum(map(sum, parts))
+        for key, name in (("less_than_repeated", "repeated"), ("less_than_every_key", "every key")):
+            assert way[key] == found[way["comm_type"], name]["forward_backward"] / way["forward_backward"]
 
 
 def test_heads_that_do_not_divide_are_said_and_the_rest_is_shown() -> None:
@@ -73,8 +81,8 @@ def test_heads_that_do_not_divide_are_said_and_the_rest_is_shown() -> None:
     assert [way.get("refused") for way in ways if way["comm_type"] == "a2a"] == [
         "cp_comm_type a2a needs query heads that divide by its 3 ranks, got 8; use p2p"
     ]
-    assert len([way for way in ways if "refused" not in way]) == 6
-    refused = plan_cp(*TINY[:-2], "--cp", "3", *HEADS, "--comm-type", "a2a")
+    assert len([way for way in ways if "refused" not in way]) == 8
+    refused = plan_cp(*TINY[:-2], "--cp", "3", *HEADS, "--cp-comm-type", "a2a")
     assert refused.exit_code == 2 and "query heads that divide by its 3 ranks, got 8" in refused.stderr
 
 
@@ -87,17 +95,32 @@ def test_tables() -> None:
     ranks = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│ ")]
     assert ranks[0] == ["0", "4,096", "2,048", "14,336", "51.4", "1.000", "56.0", "112.0"]
     assert [row[0] for row in ranks[:8]] == [str(rank) for rank in range(8)]
-    assert ["p2p", "repeated prefixes", "952.0", "2,856.0", ""] in ranks
-    assert ["p2p", "branch", "56.0", "168.0", "17.0x"] in ranks
-    chosen = " ".join(text.split())
-    costs = {name: CpPlan.build(PrefixLayout([16384] + [1024] * 16, [-1] + [0] * 16), 8, name).cost
-             for name in PLACEMENTS}  # fmt: skip
-    assert "auto: branch, by predicted cost" in chosen
-    assert all(f"{name} {cost:,}" in chosen for name, cost in costs.items())
+    assert ["p2p", "repeated", "952.0", "2,856.0", "", ""] in ranks
+    assert ["p2p", "every key", "112.0", "336.0", "", ""] in ranks
+    assert ["p2p", "branch", "56.0", "168.0", "17.00x", "2.00x"] in ranks
+    said = " ".join(text.split())
+    layout, layers = PrefixLayout([16384] + [1024] * 16, [-1] + [0] * 16), CpLayers(AttentionShape(32, 8, 128))
+    costs = {name: predicted_cost(CpPlan.build(layout, 8, name), layers) for name in PLACEMENTS}
+    assert "auto: branch, by predicted cost of the slowest rank with p2p, in TFLOP" in said
+    assert all(f"{name} {cost / 1e12:,.3f}" in said for name, cost in costs.items())
+    assert "p2p, branch: 2.00x fewer bytes forward and 2.00x in all than every key" in said
+    assert "2.00x and 1.83x at the busiest rank, 1.75x and 1.75x over all ranks" in said
+
+
+def test_auto_goes_by_the_comm_type() -> None:
+    uneven = [flag for n in (3000, 200, 200, 200) for flag in ("--response-len", str(n))]
+    for comm_type, chosen in (("p2p", "branch"), ("a2a", "dual_chunk_swap")):
+        found = report("--prefix-len", "4096", *uneven, "--cp", "4", "--cp-comm-type", comm_type)["packs"][0]
+        assert found["placement"] == chosen == min(found["costs"], key=found["costs"].get)
+
+
+def test_one_rank_sends_nothing() -> None:
+    result = plan_cp("--prefix-len", "4", "--response-len", "3", "--cp", "1")
+    assert result.exit_code == 0 and "p2p: branch sends nothing" in result.stderr
 
 
 def test_auto_is_not_mentioned_where_a_placement_was_given() -> None:
-    assert "auto:" not in plan_cp(*TINY, "--placement", "branch").stderr
+    assert "auto:" not in plan_cp(*TINY, "--cp-placement", "branch").stderr
 
 
 def test_unequal_responses() -> None:
@@ -119,9 +142,9 @@ def test_packs_of_a_rollouts_file(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--response-len", "3", "--response-len", "4", "--group-size", "3"], "2 times --response-len"),
-        (["--comm-type", "a2a+p2p"], "--cp-a2a is the inner size"),
+        (["--cp-comm-type", "a2a+p2p"], "--cp-a2a is the inner size"),
         (["--cp-a2a", "2"], "--cp-a2a is the inner size"),
-        (["--cp", "4", "--comm-type", "a2a+p2p", "--cp-a2a", "3"], "a2a size that divides cp=4, got 3"),
+        (["--cp", "4", "--cp-comm-type", "a2a+p2p", "--cp-a2a", "3"], "a2a size that divides cp=4, got 3"),
         (["--heads", "6", "--kv-heads", "4"], "kv_heads must divide query_heads=6, got 4"),
         (["--max-tokens-per-pack", "100"], "give --rollouts, or leave it out"),
         (["--picture", "no/such/folder/plan.png"], "the folder no/such/folder does not exist"),
@@ -139,7 +162,7 @@ def test_bad_input_is_refused(arguments: list[str], message: str) -> None:
 @pytest.mark.parametrize("placement", ["auto", "branch"])
 def test_picture(placement: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.png"
-    result = plan_cp(*TINY, "--placement", placement, "--picture", str(file))
+    result = plan_cp(*TINY, "--cp-placement", placement, "--picture", str(file))
     assert result.exit_code == 0, result.output
     assert file.read_bytes().startswith(b"\x89PNG") and "plan.png" in "".join(result.stderr.split())
 

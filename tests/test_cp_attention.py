@@ -111,7 +111,7 @@ def against_the_oracle(rank: int, world_size: int) -> list[tuple[Any, ...]]:
                 assert not value.isnan().any(), (case, comm_type, placement, name)
             # The CPU's kernel wants one head dim, so the wider one travels.
             shape = AttentionShape(*HEADS[case.heads], max(case.dims), bytes_per_element=case.dtype.itemsize)
-            planned = layer_traffic(plan, rank, shape, comm_type, 2).total
+            planned = layer_traffic(plan, shape, comm_type, 2)[rank].total
             assert share.traffic is not None
             counted = (share.traffic.sent, share.traffic.received)
             found.append((case, comm_type, placement, max(errors), counted, tuple(planned)))

@@ -11,15 +11,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_prefix import PrefixLayout
+from megatron_prefix.context_parallel.choice import FLOPS_PER_BYTE, CpLayers, choose_plan, predicted_cost
 from megatron_prefix.context_parallel.comm_types import HeadSplit
 from megatron_prefix.context_parallel.placement import PLACEMENTS, Piece, place
-from megatron_prefix.context_parallel.plan import PAIRS_PER_ROW, CpPlan, Remote
+from megatron_prefix.context_parallel.plan import CpPlan, Remote
 from megatron_prefix.context_parallel.traffic import (
     AttentionShape,
     Moved,
+    computed_areas,
     layer_traffic,
     plan_with_traffic,
-    repeated_traffic,
+    untrimmed_traffic,
 )
 from tests.strategies import forests
 
@@ -29,7 +31,6 @@ world_sizes = st.sampled_from(WORLD_SIZES)
 layouts = forests(max_segments=9, max_length=13)
 DEEP = PrefixLayout([3, 2, 4, 1, 2, 0, 3, 5], [-1, 0, 1, 2, 3, 2, 5, 0])
 GROUP = PrefixLayout([16384] + [1024] * 16, [-1] + [0] * 16)
-ONE_LONG = PrefixLayout([100, 4000], [-1, 0])  # to be cut, and dual chunks do that better
 
 
 def mask_of(layout: PrefixLayout) -> np.ndarray:
@@ -121,6 +122,9 @@ def test_exactly_the_rows_that_are_read_travel(layout: PrefixLayout, cp_size: in
             if source != rank:
                 needed = [row for row in owned[source] if read[row]]
                 assert buffer_of(plan.remote(rank, source), owned[source]) == needed
+                pieces = plan.keys_read(rank, source)
+                assert [row for p in pieces for row in range(layout.starts[p.segment] + p.start,
+                                                             layout.starts[p.segment] + p.end)] == needed  # fmt: skip
         outside = set(range(layout.num_rows)) - set(owned[rank])
         assert plan.rows_received(rank) == sum(bool(read[row]) for row in outside)
     assert sum(map(plan.rows_sent, range(cp_size))) == sum(map(plan.rows_received, range(cp_size)))
@@ -153,12 +157,54 @@ def test_whole_responses_stay_whole_where_they_fit() -> None:
         assert plan.rows_received(rank) == 16384 * 7 // 8
 
 
-def test_a_response_too_long_for_one_rank_is_cut() -> None:
-    plan = CpPlan.build(PrefixLayout([10, 1000, 3], [-1, 0, 0]), 4, "branch")
-    holders = [rank for rank in range(4) for p in plan.placement[rank] if p.segment == 1]
-    assert len(set(holders)) == 4
-    areas = [plan.area(rank) for rank in range(4)]
-    assert max(areas) <= 1.05 * sum(areas) / 4
+def test_a_response_too_long_for_one_rank_is_cut_by_hand() -> None:
+    """Dual chunks again: a rank's chunks are mirror images, so that it has an equal share of rows as well."""
+    plan = CpPlan.build(PrefixLayout([400, 800], [-1, 0]), 2, "branch")
+    assert plan.placement == (
+        (Piece(0, 0, 100), Piece(0, 300, 400), Piece(1, 0, 200), Piece(1, 600, 800)),
+        (Piece(0, 100, 300), Piece(1, 200, 600)),
+    )
+    # A short response takes no part; what it fills of its rank, the long one leaves free there.
+    plan = CpPlan.build(PrefixLayout([10, 3, 1000, 50], [-1, 0, 0, 0]), 4, "branch")
+    holders = [{rank for rank in range(4) for p in plan.placement[rank] if p.segment == s} for s in (1, 2, 3)]
+    assert [len(ranks) for ranks in holders] == [1, 4, 1]
+
+
+def test_no_more_ranks_than_needed_share_a_response() -> None:
+    """Three equal responses on two ranks: one each, and only the third is cut. Ranks join in while there is room."""
+    for count, cp_size in ((3, 2), (5, 4), (5, 8)):
+        plan = CpPlan.build(PrefixLayout([100] + [3000] * count, [-1] + [0] * count), cp_size, "branch")
+        shared = [sum(any(p.segment == s for p in mine) for mine in plan.placement) for s in range(1, count + 1)]
+        assert count < sum(shared) <= count + cp_size - 1
+
+
+FEW = st.tuples(
+    st.one_of(st.sampled_from([0, 1]), st.integers(2, 5000)),
+    st.lists(st.one_of(st.integers(1, 60), st.integers(300, 8000)), min_size=1, max_size=5).filter(
+        lambda lengths: max(lengths) >= 300
+    ),
+)
+
+
+@given(FEW, st.sampled_from([2, 3, 4, 8]))
+@example((100, [100, 4000]), 4)
+@example((100, [100, 4000]), 8)
+@example((0, [300]), 8)
+@example((1000, [35, 309]), 8)
+def test_few_long_responses_are_balanced(sizes: tuple[int, list[int]], cp_size: int) -> None:
+    prefix, lengths = sizes
+    plan = CpPlan.build(PrefixLayout([prefix, *lengths], [-1] + [0] * len(lengths)), cp_size, "branch")
+    areas = [plan.area(rank) for rank in range(cp_size)]
+    assert max(areas) * cp_size <= 1.05 * sum(areas)
+    assert sorted(row for rank in range(cp_size) for row in plan.rows(rank)) == list(range(plan.layout.num_rows))
+
+
+@pytest.mark.parametrize("lengths", [[4000], [500], [3000, 3000, 3000], [2000] * 5])
+@pytest.mark.parametrize("cp_size", [2, 4, 8])
+def test_long_responses_alone_have_equal_shares_of_rows(lengths: list[int], cp_size: int) -> None:
+    plan = CpPlan.build(PrefixLayout([100, *lengths], [-1] + [0] * len(lengths)), cp_size, "branch")
+    rows = [layout.num_rows for layout in plan.local_layouts]
+    assert max(rows) * cp_size <= 1.05 * sum(rows)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -184,14 +230,60 @@ def test_dual_chunk_swap_by_hand() -> None:
     )
 
 
-@pytest.mark.parametrize(("layout", "cp_size", "chosen"), [(GROUP, 8, "branch"), (ONE_LONG, 4, "dual_chunk_swap")])
-def test_auto_takes_the_lower_cost(layout: PrefixLayout, cp_size: int, chosen: str) -> None:
+SHAPE = AttentionShape(32, 8, 128)
+KEY_ROW = 8 * 2 * 128 * 2  # bytes of a key and a value row
+FLOPS_OF_A_PAIR = 14 * 32 * 128
+UNEVEN = PrefixLayout([4096, 3000, 200, 200, 200], [-1, 0, 0, 0, 0])  # branch: even areas, uneven rows
+NEARLY_EVEN = PrefixLayout([100, 41000, 40000], [-1, 0, 0])  # branch: whole responses, 2% off balance
+
+
+@pytest.mark.parametrize(
+    ("layout", "cp_size", "comm_types", "chosen"),
+    [
+        (GROUP, 8, ("p2p",), "branch"),
+        (GROUP, 8, ("all_gather",), "branch"),
+        (GROUP, 8, ("a2a+p2p",), "branch"),
+        (UNEVEN, 4, ("p2p",), "branch"),
+        (UNEVEN, 4, ("a2a",), "dual_chunk_swap"),
+        (UNEVEN, 4, ("p2p", "a2a"), "branch"),
+        (UNEVEN, 4, ("p2p", *["a2a"] * 40), "dual_chunk_swap"),
+    ],
+)
+def test_auto_takes_the_lower_cost_of_all_layers(
+    layout: PrefixLayout, cp_size: int, comm_types: tuple[str, ...], chosen: str
+) -> None:
+    layers = CpLayers(SHAPE, comm_types, 2)
     both = {name: CpPlan.build(layout, cp_size, name) for name in PLACEMENTS}
-    assert CpPlan.build(layout, cp_size, "auto") == both[chosen]
-    assert both[chosen].cost == min(plan.cost for plan in both.values()) < max(plan.cost for plan in both.values())
-    for plan in both.values():
-        rows = [plan.rows_received(rank) + plan.rows_sent(rank) for rank in range(cp_size)]
-        assert plan.cost == max(plan.area(rank) + PAIRS_PER_ROW * rows[rank] for rank in range(cp_size))
+    costs = {name: predicted_cost(plan, layers) for name, plan in both.items()}
+    assert choose_plan(layout, cp_size, "auto", layers) == both[chosen]
+    assert costs[chosen] == min(costs.values()) < max(costs.values())
+    assert choose_plan(layout, cp_size, "branch", layers) == both["branch"]
+
+
+def test_auto_weighs_keys_against_balance() -> None:
+    """With one key-value head, keys cost less than the 2% that whole responses are off balance; with eight, more."""
+    for kv_heads, chosen in ((1, "dual_chunk_swap"), (8, "branch")):
+        layers = CpLayers(AttentionShape(32, kv_heads, 128))
+        assert choose_plan(NEARLY_EVEN, 2, "auto", layers).name == chosen
+
+
+def test_predicted_cost_by_hand() -> None:
+    """Of the slowest rank: its pairs, with p2p those of its rows and with a2a its heads of all pairs; and its bytes."""
+    plan = CpPlan.build(UNEVEN, 4, "branch")
+    p2p, a2a = (predicted_cost(plan, CpLayers(SHAPE, (name,))) for name in ("p2p", "a2a"))
+    moved = [3 * KEY_ROW * (plan.rows_received(rank) + plan.rows_sent(rank)) for rank in range(4)]
+    assert p2p == max(FLOPS_OF_A_PAIR * plan.area(rank) + FLOPS_PER_BYTE * moved[rank] for rank in range(4))
+    moved = [sum(each.total) for each in layer_traffic(plan, SHAPE, "a2a")]
+    assert a2a == FLOPS_OF_A_PAIR * UNEVEN.area / 4 + FLOPS_PER_BYTE * max(moved)
+    assert predicted_cost(plan, CpLayers(SHAPE, ("p2p", "a2a", "p2p"))) == 2 * p2p + a2a
+
+
+def test_computed_areas() -> None:
+    plan = CpPlan.build(DEEP, 4, "branch")
+    areas = [plan.area(rank) for rank in range(4)]
+    assert computed_areas(plan, "p2p") == areas and computed_areas(plan, "a2a") == [sum(areas) / 4] * 4
+    pairs = [sum(areas[:2]) / 2] * 2 + [sum(areas[2:]) / 2] * 2
+    assert computed_areas(plan, "a2a+p2p", 2) == pairs
 
 
 def test_bad_plans_are_refused() -> None:
@@ -201,17 +293,20 @@ def test_bad_plans_are_refused() -> None:
         CpPlan.build(DEEP, 0, "branch")
     with pytest.raises(ValueError, match="4 context-parallel ranks cannot be grouped by 3"):
         CpPlan.build(DEEP, 4, "branch").merged(3)
+    with pytest.raises(ValueError, match="unknown placement 'auto'"):
+        CpPlan.build(DEEP, 2, "auto")
+    with pytest.raises(ValueError, match="unknown cp_comm_type 'ring'"):
+        CpLayers(SHAPE, ("p2p", "ring"))
+    with pytest.raises(ValueError, match="an entry for every layer"):
+        CpLayers(SHAPE, ())
 
 
 # ---- bytes; tests/test_cp_attention.py holds them to what really travels
 
-SHAPE = AttentionShape(32, 8, 128)
-KEY_ROW = 8 * 2 * 128 * 2  # bytes of a key and a value row
-
 
 def most(plan: CpPlan, comm_type: str, a2a: int | None = None) -> tuple[int, int]:
     """Bytes received by the busiest rank: forward, both."""
-    moved = [layer_traffic(plan, rank, SHAPE, comm_type, a2a) for rank in range(plan.cp_size)]
+    moved = layer_traffic(plan, SHAPE, comm_type, a2a)
     return max(each.forward.received for each in moved), max(each.total.received for each in moved)
 
 
@@ -224,8 +319,9 @@ def test_bytes_of_the_example_in_the_readme(comm_type: str) -> None:
     # Rank 0 holds the last chunk of everything and reads all other rows.
     assert most(dual, comm_type)[0] == 2 * prefix
     repeated = 16 * (16384 + 1024) * 7 // 8 * KEY_ROW
-    assert repeated_traffic(GROUP, 8, SHAPE, comm_type).forward == Moved(repeated, repeated)
-    assert repeated_traffic(GROUP, 8, SHAPE, comm_type).total == Moved(3 * repeated, 3 * repeated)
+    for layout, bytes_each in ((GROUP.repeated(), repeated), (GROUP, 2 * prefix)):
+        moved = untrimmed_traffic(layout, 8, SHAPE, comm_type)
+        assert (moved.forward, moved.total) == (Moved(bytes_each, bytes_each), Moved(3 * bytes_each, 3 * bytes_each))
 
 
 def test_bytes_of_swapped_heads_by_hand() -> None:
@@ -236,20 +332,20 @@ def test_bytes_of_swapped_heads_by_hand() -> None:
         assert both == 2 * forward
     # Fewer key-value heads than ranks: every rank gets one, so a head is sent more than once.
     shape = AttentionShape(32, 2, 128)
-    moved = layer_traffic(CpPlan.build(GROUP, 8, "branch"), 0, shape, "a2a")
+    moved = layer_traffic(CpPlan.build(GROUP, 8, "branch"), shape, "a2a")[0]
     assert moved.forward.received == 4096 * 7 * (4 + 4 + 2) * 128 * 2
 
 
 def test_padding_counts_in_repeated_prefixes() -> None:
     """Sequences of 5 and 4 rows are padded to 8 each on two ranks, which hold 4 of each."""
     layout = PrefixLayout([3, 2, 1], [-1, 0, 0])
-    assert repeated_traffic(layout, 2, AttentionShape(1, 1, 1, 1, 1), "p2p").forward == Moved(12, 12)
+    assert untrimmed_traffic(layout.repeated(), 2, AttentionShape(1, 1, 1, 1, 1), "p2p").forward == Moved(12, 12)
 
 
 @given(layouts, world_sizes, placements, st.sampled_from(["p2p", "all_gather", "a2a"]))
 def test_what_is_sent_is_received(layout: PrefixLayout, cp_size: int, placement: str, comm_type: str) -> None:
     plan = CpPlan.build(layout, cp_size, placement)
-    moved = [layer_traffic(plan, r, AttentionShape(60, 4, 8, 3), comm_type) for r in range(cp_size)]
+    moved = layer_traffic(plan, AttentionShape(60, 4, 8, 3), comm_type)
     for part in ("forward", "backward"):
         assert sum(getattr(m, part).sent for m in moved) == sum(getattr(m, part).received for m in moved)
     if cp_size == 1:
@@ -259,12 +355,12 @@ def test_what_is_sent_is_received(layout: PrefixLayout, cp_size: int, placement:
 def test_bad_shapes_and_ways_are_refused() -> None:
     plan = CpPlan.build(DEEP, 4, "branch")
     with pytest.raises(ValueError, match="unknown cp_comm_type 'ring'; choose one of p2p, all_gather, a2a, a2a"):
-        layer_traffic(plan, 0, SHAPE, "ring")
+        layer_traffic(plan, SHAPE, "ring")
     for size in (None, 3):
         with pytest.raises(ValueError, match=rf"needs an a2a size that divides cp=4, got {size}"):
-            layer_traffic(plan, 0, SHAPE, "a2a+p2p", size)
+            layer_traffic(plan, SHAPE, "a2a+p2p", size)
     with pytest.raises(ValueError, match="query heads that divide by its 4 ranks, got 6; use p2p"):
-        layer_traffic(plan, 0, AttentionShape(6, 2, 8), "a2a")
+        layer_traffic(plan, AttentionShape(6, 2, 8), "a2a")
     with pytest.raises(ValueError, match="kv_heads must divide query_heads=6, got 4"):
         AttentionShape(6, 4, 8)
     with pytest.raises(ValueError, match="value_dim must be at least 1, got 0"):
@@ -289,11 +385,15 @@ def test_the_plan_as_json(layout: PrefixLayout, cp_size: int, placement: str) ->
     plan = CpPlan.build(layout, cp_size, placement)
     data = json.loads(json.dumps(plan_with_traffic(plan, AttentionShape(2, 1, 4), "p2p")))
     assert PrefixLayout(data["lengths"], data["parents"]) == layout
-    assert (data["cp_size"], data["placement"], data["cost"]) == (cp_size, placement, plan.cost)
+    assert (data["cp_size"], data["placement"]) == (cp_size, placement)
     pieces = tuple(tuple(Piece(*piece) for piece in rank["pieces"]) for rank in data["ranks"])
     assert CpPlan(layout, pieces, placement) == plan
     for r, rank in enumerate(data["ranks"]):
         assert rank["rank"] == r and rank["rows"] == len(plan.rows(r)) and rank["area"] == plan.area(r)
+        assert [tuple(Piece(*piece) for piece in read) for read in rank["keys_read"]] == [
+            plan.keys_read(r, source) for source in range(cp_size)
+        ]
+        assert rank["computed_area"] == rank["area"]
         assert rank["rows_received"][r] == 0 and sum(rank["rows_received"]) == plan.rows_received(r)
         assert rank["bytes"]["forward"]["received"] == plan.rows_received(r) * 16
         assert rank["response_rows"] == plan.response_rows(r)

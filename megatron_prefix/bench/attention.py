@@ -26,7 +26,7 @@ from megatron_prefix.bench.report import (
     speed_ups,
     with_total,
 )
-from megatron_prefix.layout import PrefixLayout
+from megatron_prefix.layout import FLOPS_PER_PAIR, PrefixLayout
 from megatron_prefix.measure import (
     Stopwatch,
     Times,
@@ -35,10 +35,6 @@ from megatron_prefix.measure import (
     track_memory,
     track_saved_tensors,
 )
-
-FLOPS_PER_PAIR = 14
-"""Of one (query, key) pair per head and channel: two matrix products forward, five backward, two FLOPs each."""
-
 
 PEERS = {"prefix_grouper": False, "prefix_grouper_tuned": True}
 """Paths of the package, and whether its attention function is tuned by hand, see `peer`."""

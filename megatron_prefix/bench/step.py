@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_prefix.attention import KERNELS, resolve_impl
-from megatron_prefix.bench.attention import FLOPS_PER_PAIR
 from megatron_prefix.bench.group import DTYPES, GroupSizes, ratios
 from megatron_prefix.bench.report import (
     TOLERANCE,
@@ -28,6 +27,7 @@ from megatron_prefix.bench.report import (
     speed_ups,
     with_total,
 )
+from megatron_prefix.layout import FLOPS_PER_PAIR
 from megatron_prefix.loss import grpo_loss
 from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
 from megatron_prefix.mcore.log_probs import response_log_probs

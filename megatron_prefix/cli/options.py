@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import torch
 
 from megatron_prefix.attention import IMPLS
 from megatron_prefix.cli.console import start_distributed
-from megatron_prefix.context_parallel.comm_types import COMM_TYPES
-from megatron_prefix.context_parallel.placement import PLACEMENTS
+from megatron_prefix.cli.cp_options import Command, check_a2a, cp_options, cp_placement_option, gather
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.checkpoint import CONFIG_FILE, load_checkpoint, load_config
 from megatron_prefix.mcore.cpu import run_on_cpu
@@ -30,8 +28,6 @@ from megatron_prefix.packing import check_pack_limit
 from megatron_prefix.rollouts import RolloutGroup, check_vocabulary
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,7 @@ class ParallelFlags:
             raise ValueError(f"--pp {self.pp}: pipeline parallelism is not supported with prefix groups; use --pp 1")
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("--sequence-parallel needs --tp of 2 or more")
-        if (self.cp_a2a is not None) != (self.cp_comm_type == "a2a+p2p"):
-            raise ValueError("--cp-a2a is the inner size of --cp-comm-type a2a+p2p: give both or neither")
+        check_a2a(self.cp_comm_type, self.cp_a2a)
         if not torch.cuda.is_available():
             run_on_cpu()
         sizes = ParallelSizes(tp=self.tp, pp=self.pp, cp=self.cp, dp=self.dp, cp_a2a=self.cp_a2a)
@@ -165,15 +160,13 @@ def check_writable(option: str, folder: Path) -> None:
 
 def parallel_options(command: Command) -> Command:
     """Add the parallel sizes; the command gets them as ``parallel: ParallelFlags``."""
-    return _gather(
+    return gather(
         command,
         "parallel",
         ParallelFlags,
         click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel size."),
         click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline-parallel size (1 only, for now)."),
-        click.option("--cp", type=click.IntRange(1), default=1, help="Context-parallel size."),
-        click.option("--cp-comm-type", type=click.Choice(COMM_TYPES), default="p2p", help="How keys reach queries."),
-        click.option("--cp-a2a", type=click.IntRange(1), help="Inner size of --cp-comm-type a2a+p2p."),
+        *cp_options(),
         click.option("--dp", type=click.IntRange(1), default=None, help="Data-parallel size; default: what is left."),
         click.option("--sequence-parallel", is_flag=True, help="Shard activations between layers over --tp."),
     )
@@ -181,7 +174,7 @@ def parallel_options(command: Command) -> Command:
 
 def model_options(command: Command) -> Command:
     """Add the model and how it is built; the command gets them as ``flags: ModelFlags``."""
-    return _gather(
+    return gather(
         command,
         "flags",
         ModelFlags,
@@ -204,7 +197,7 @@ def model_options(command: Command) -> Command:
 
 def loss_options(command: Command) -> Command:
     """Add the loss; the command gets it as ``loss: LossConfig``."""
-    return _gather(
+    return gather(
         command,
         "loss",
         LossConfig,
@@ -227,7 +220,7 @@ def loss_options(command: Command) -> Command:
 
 def train_options(command: Command) -> Command:
     """Add the optimizer; the command gets it as ``settings: TrainSettings``."""
-    return _gather(
+    return gather(
         command,
         "settings",
         TrainSettings,
@@ -241,25 +234,3 @@ def train_options(command: Command) -> Command:
         click.option("--chunk-rows", type=int, default=4096, help="Most rows whose logits exist at once."),
         cp_placement_option,
     )
-
-
-cp_placement_option = click.option(
-    "--cp-placement",
-    type=click.Choice(["auto", *PLACEMENTS]),
-    default="auto",
-    help="Where rows go under --cp; auto: lower predicted cost.",
-)
-
-
-def _gather(command: Command, name: str, kind: type, *options: Callable[[Any], Any]) -> Command:
-    """Collect the options that are fields of ``kind`` into one argument of the command; other fields keep defaults."""
-
-    @functools.wraps(command)
-    def gathered(**kwargs: Any) -> Any:
-        values = {field.name: kwargs.pop(field.name) for field in fields(kind) if field.name in kwargs}
-        return command(**kwargs, **{name: kind(**values)})
-
-    result: Any = gathered
-    for option in reversed(options):
-        result = option(result)
-    return result

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
 from megatron_prefix.cli.console import print_json, print_table, stderr_console
-from megatron_prefix.context_parallel.comm_types import COMM_TYPES
+from megatron_prefix.cli.cp_options import SIZE, CpFlags, cp_flags
+from megatron_prefix.cli.plan_ways import UNITS, byte_unit, comparison, way_table, ways_of
+from megatron_prefix.context_parallel.choice import FLOPS_PER_BYTE, CpLayers, choose_plan, predicted_cost
 from megatron_prefix.context_parallel.placement import PLACEMENTS
 from megatron_prefix.context_parallel.plan import CpPlan
 from megatron_prefix.context_parallel.traffic import (
     AttentionShape,
-    LayerTraffic,
+    computed_areas,
     inner_size,
     layer_traffic,
     plan_with_traffic,
-    repeated_traffic,
 )
 from megatron_prefix.layout import PrefixLayout
 
-SIZE = click.IntRange(1)
 LAYOUT_FLAGS = ("prefix_len", "response_lens", "group_size")
-UNITS = {"MiB": 2**20, "KiB": 2**10}
 PAIRS = {"M": 10**6, "k": 10**3}
+FLOPS = {"TFLOP": 10**12, "MFLOP": 10**6}
 
 
 @click.command("plan-cp")
@@ -45,24 +44,7 @@ PAIRS = {"M": 10**6, "k": 10**3}
     help="Take the layouts of a rollouts JSONL instead, one per pack.",
 )
 @click.option("--max-tokens-per-pack", type=SIZE, help="Most rows of one pack of --rollouts.")
-@click.option("--cp", type=SIZE, default=2, help="Context-parallel size.")
-@click.option(
-    "--cp-placement",
-    "--placement",
-    "placement",
-    type=click.Choice(["auto", *PLACEMENTS]),
-    default="auto",
-    help="Where rows go; auto: lower predicted cost.",
-)
-@click.option(
-    "--cp-comm-type",
-    "--comm-type",
-    "comm_type",
-    type=click.Choice(COMM_TYPES),
-    default="p2p",
-    help="How keys reach queries.",
-)
-@click.option("--cp-a2a", type=SIZE, help="Inner size of --cp-comm-type a2a+p2p.")
+@cp_flags(default_cp=2)
 @click.option("--heads", type=SIZE, default=32, help="Query heads on a tensor-parallel rank.")
 @click.option("--kv-heads", type=SIZE, default=8, help="Key-value heads on a tensor-parallel rank.")
 @click.option("--head-dim", type=SIZE, default=128, help="Channels of a head.")
@@ -77,16 +59,13 @@ def plan_cp_command(
     group_size: int | None,
     rollouts: Path | None,
     max_tokens_per_pack: int | None,
-    cp: int,
-    placement: str,
-    comm_type: str,
-    cp_a2a: int | None,
     heads: int,
     kv_heads: int,
     head_dim: int,
     bytes_per_element: int,
     picture: Path | None,
     as_json: bool,
+    cp: CpFlags,
 ) -> None:
     """Rows, attention area and bytes of every context-parallel rank, and of every other way to do it.
 
@@ -108,48 +87,54 @@ def plan_cp_command(
         raise ValueError("--max-tokens-per-pack cuts --rollouts into packs; give --rollouts, or leave it out")
     else:
         layouts = [_layout(prefix_len, response_lens, group_size)]
-    if (cp_a2a is not None) != (comm_type == "a2a+p2p"):
-        raise ValueError("--cp-a2a is the inner size of --cp-comm-type a2a+p2p: give both or neither")
     if picture is not None and not picture.parent.is_dir():
         raise ValueError(f"--picture {picture}: the folder {picture.parent} does not exist; make it first")
     shape = AttentionShape(heads, kv_heads, head_dim, bytes_per_element=bytes_per_element)
-    plans = [_Plans(layout, cp, placement) for layout in layouts]
+    layers = CpLayers(shape, (cp.cp_comm_type,), cp.cp_a2a)
+    plans = [_Plans(layout, cp.cp, cp.cp_placement, layers) for layout in layouts]
     for i, each in enumerate(plans):
-        title = f"pack {i + 1} of {len(plans)}: {each.chosen.layout.num_rows:,} rows over {cp} ranks, {comm_type}"
-        print_table(f"{title}, {each.chosen.name}", *_rank_table(each.chosen, shape, comm_type, cp_a2a))
-        if placement == "auto":
+        rows = each.chosen.layout.num_rows
+        title = f"pack {i + 1} of {len(plans)}: {rows:,} rows over {cp.cp} ranks, {cp.cp_comm_type}, {each.chosen.name}"
+        print_table(title, *_rank_table(each.chosen, layers))
+        if cp.cp_placement == "auto":
             stderr_console().print(each.choice, markup=False)
-    ways = _ways(plans, shape)
-    print_table(f"one layer, {len(plans)} pack(s), received by the rank that receives most", *_way_table(ways))
+    ways = ways_of([each.all for each in plans], shape)
+    print_table(f"one layer, {len(plans)} pack(s), received by the rank that receives most", *way_table(ways))
+    stderr_console().print(comparison(ways, cp.cp_comm_type, cp.cp_a2a), markup=False)
     if picture is not None:
         from megatron_prefix.cli.plan_picture import draw_plans
 
         largest = max(plans, key=lambda each: each.chosen.layout.num_rows)
-        draw_plans(largest.shown, shape, comm_type, cp_a2a, picture)
+        draw_plans(largest.shown, layers, picture)
         stderr_console().print(f"picture: {picture}", markup=False)
     if as_json:
         packs = [
-            plan_with_traffic(each.chosen, shape, comm_type, cp_a2a)
-            | {"costs": {plan.name: plan.cost for plan in each.all}}
-            for each in plans
+            plan_with_traffic(each.chosen, shape, cp.cp_comm_type, cp.cp_a2a) | {"costs": each.costs} for each in plans
         ]
-        print_json({"command": "plan-cp", "comm_type": comm_type, "cp_a2a": cp_a2a, "packs": packs, "ways": ways})
+        way = {"comm_type": cp.cp_comm_type, "cp_a2a": cp.cp_a2a}
+        print_json({"command": "plan-cp"} | way | {"packs": packs, "ways": ways})
 
 
 class _Plans:
     """The plans of one layout with every placement, and the one that was asked for or is cheapest."""
 
-    def __init__(self, layout: PrefixLayout, cp: int, placement: str) -> None:
+    def __init__(self, layout: PrefixLayout, cp: int, placement: str, layers: CpLayers) -> None:
         self.all = [CpPlan.build(layout, cp, name) for name in PLACEMENTS]
-        name = CpPlan.build(layout, cp, "auto").name if placement == "auto" else placement
+        self.costs = {plan.name: predicted_cost(plan, layers) for plan in self.all}
+        self.comm_type = layers.comm_types[0]
+        name = choose_plan(layout, cp, placement, layers).name
         self.chosen = next(plan for plan in self.all if plan.name == name)
         self.shown = self.all if placement == "auto" else [self.chosen]
 
     @property
     def choice(self) -> str:
         """What auto chose and why."""
-        costs = ", ".join(f"{plan.name} {plan.cost:,}" for plan in self.all)
-        return f"auto: {self.chosen.name}, by predicted cost of the slowest rank in (query, key) pairs: {costs}"
+        unit = "TFLOP" if max(self.costs.values()) >= FLOPS["TFLOP"] else "MFLOP"
+        costs = ", ".join(f"{name} {cost / FLOPS[unit]:,.3f}" for name, cost in self.costs.items())
+        return (
+            f"auto: {self.chosen.name}, by predicted cost of the slowest rank with {self.comm_type}, in {unit} "
+            f"(a byte counts as {FLOPS_PER_BYTE:,} FLOP): {costs}"
+        )
 
 
 def _layout(prefix_len: int, response_lens: Sequence[int], group_size: int | None) -> PrefixLayout:
@@ -169,17 +154,16 @@ def _layouts_of(rollouts: Path, max_tokens_per_pack: int | None) -> list[PrefixL
     return [pack.layout for pack in pack_groups(read_rollouts(rollouts), max_tokens_per_pack=max_tokens_per_pack)]
 
 
-def _rank_table(
-    plan: CpPlan, shape: AttentionShape, comm_type: str, cp_a2a: int | None
-) -> tuple[list[str], list[list[str]]]:
+def _rank_table(plan: CpPlan, layers: CpLayers) -> tuple[list[str], list[list[str]]]:
     """Columns, and one row per rank; key rows are those that reach the rank's queries, or its group's with a2a+p2p."""
     ranks = range(plan.cp_size)
-    areas = [plan.area(rank) for rank in ranks]
+    comm_type, cp_a2a = layers.comm_types[0], layers.a2a_size
+    areas = computed_areas(plan, comm_type, cp_a2a)
     mean = max(1.0, sum(areas) / len(areas))
     inner = inner_size(plan.cp_size, comm_type, cp_a2a)
     outer = plan.merged(inner)
-    moved = [layer_traffic(plan, rank, shape, comm_type, cp_a2a) for rank in ranks]
-    unit = _unit(max(part.received for each in moved for part in (each.forward, each.backward)))
+    moved = layer_traffic(plan, layers.shape, comm_type, cp_a2a)
+    unit = byte_unit(max(part.received for each in moved for part in (each.forward, each.backward)))
     pairs = "M" if max(areas) >= PAIRS["M"] else "k"
     columns = ["rank", "rows", "response rows", "key rows received", f"area, {pairs} pairs", "area / mean"]
     rows = []
@@ -196,54 +180,3 @@ def _rank_table(
             ]
         )
     return [*columns, f"forward {unit}", f"backward {unit}"], rows
-
-
-def _ways(plans: Sequence[_Plans], shape: AttentionShape) -> list[dict[str, Any]]:
-    """Every comm type, alone and with every placement: bytes that the busiest rank receives, over all packs."""
-    cp = plans[0].chosen.cp_size
-    inner = [size for size in range(2, cp) if cp % size == 0]
-    ways = []
-    for comm_type in COMM_TYPES:
-        for a2a in inner if comm_type == "a2a+p2p" else [None]:
-            way: dict[str, Any] = {"comm_type": comm_type, "cp_a2a": a2a}
-            try:
-                plain = [repeated_traffic(p.chosen.layout, cp, shape, comm_type, a2a) for p in plans]
-            except ValueError as refusal:  # heads that do not divide
-                ways.append(way | {"refused": str(refusal)})
-                continue
-            ways.append(way | {"placement": "repeated prefixes"} | _received([plain]))
-            for i, name in enumerate(PLACEMENTS):
-                ranks = [[layer_traffic(p.all[i], rank, shape, comm_type, a2a) for p in plans] for rank in range(cp)]
-                ways.append(way | {"placement": name} | _received(ranks))
-    return ways
-
-
-def _received(ranks: Sequence[Sequence[LayerTraffic]]) -> dict[str, int]:
-    """Most bytes that a rank receives, over its packs."""
-    return {
-        "forward": max(sum(moved.forward.received for moved in packs) for packs in ranks),
-        "forward_backward": max(sum(moved.total.received for moved in packs) for packs in ranks),
-    }
-
-
-def _way_table(ways: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    unit = _unit(max((way["forward_backward"] for way in ways if "refused" not in way), default=0))
-    plain: dict[tuple[str, int | None], dict[str, Any]] = {}
-    rows = []
-    for way in ways:
-        key = way["comm_type"], way["cp_a2a"]
-        name = way["comm_type"] if way["cp_a2a"] is None else f"{way['comm_type']} ({way['cp_a2a']})"
-        if "refused" in way:
-            rows.append([name, way["refused"], "", "", ""])
-            continue
-        repeated = plain.setdefault(key, way)
-        both = way["forward_backward"]
-        sizes = (f"{count / UNITS[unit]:,.1f}" for count in (way["forward"], both))
-        less = f"{repeated['forward_backward'] / both:.1f}x" if both and way is not repeated else ""
-        rows.append([name, way["placement"], *sizes, less])
-    return ["comm type", "placement", f"forward {unit}", f"forward + backward {unit}", "less"], rows
-
-
-def _unit(largest: int) -> str:
-    """The unit in which all sizes of a table are readable."""
-    return "MiB" if largest >= UNITS["MiB"] else "KiB"

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from megatron_prefix.context_parallel.choice import CpLayers
 from megatron_prefix.context_parallel.plan import CpPlan
-from megatron_prefix.context_parallel.traffic import AttentionShape, layer_traffic
+from megatron_prefix.context_parallel.traffic import computed_areas, layer_traffic
 from megatron_prefix.layout import PrefixLayout
 
 MOST_PIXELS = 720
@@ -38,16 +39,17 @@ def owners_of_pairs(plan: CpPlan, rows: np.ndarray) -> np.ndarray:
     return np.where(seen, owner[rows][:, None], NOT_SEEN)
 
 
-def draw_plans(
-    plans: Sequence[CpPlan], shape: AttentionShape, comm_type: str, a2a_size: int | None, path: Path
-) -> None:
-    """A PNG with one line per plan of one layout: the mask coloured by the query's rank, bars of area and of bytes."""
+def draw_plans(plans: Sequence[CpPlan], layers: CpLayers, path: Path) -> None:
+    """A PNG with one line per plan of one layout: the mask coloured by the query's rank, bars of area and of bytes.
+
+    Layers are alike: of their comm_types the first is drawn.
+    """
     figure = Figure(figsize=(11, 4.3 * len(plans)), layout="constrained")
     panels = figure.subplots(len(plans), 3, width_ratios=(1.35, 1, 1), squeeze=False)
     for (mask, area, received), plan in zip(panels, plans, strict=True):
         _draw_mask(mask, plan)
-        _draw_area(area, plan)
-        _draw_bytes(received, plan, shape, comm_type, a2a_size)
+        _draw_area(area, plan, layers)
+        _draw_bytes(received, plan, layers)
     # The same scale in every line, so that plans can be compared.
     for column in (1, 2):
         most = max(axes.get_ylim()[1] for axes in panels[:, column])
@@ -77,8 +79,8 @@ def _draw_mask(axes: Axes, plan: CpPlan) -> None:
     axes.set_title(f"{plan.name}: who computes which pairs", fontsize=10)
 
 
-def _draw_area(axes: Axes, plan: CpPlan) -> None:
-    areas = [plan.area(rank) for rank in range(plan.cp_size)]
+def _draw_area(axes: Axes, plan: CpPlan, layers: CpLayers) -> None:
+    areas = computed_areas(plan, layers.comm_types[0], layers.a2a_size)
     mean = sum(areas) / len(areas)
     axes.bar(range(plan.cp_size), areas, color=_colours(plan.cp_size), width=0.7)
     axes.axhline(mean, color="#444444", lw=0.8, ls="--")
@@ -86,8 +88,9 @@ def _draw_area(axes: Axes, plan: CpPlan) -> None:
     _plain(axes, plan.cp_size)
 
 
-def _draw_bytes(axes: Axes, plan: CpPlan, shape: AttentionShape, comm_type: str, a2a_size: int | None) -> None:
-    moved = [layer_traffic(plan, rank, shape, comm_type, a2a_size) for rank in range(plan.cp_size)]
+def _draw_bytes(axes: Axes, plan: CpPlan, layers: CpLayers) -> None:
+    comm_type = layers.comm_types[0]
+    moved = layer_traffic(plan, layers.shape, comm_type, layers.a2a_size)
     forward = np.array([each.forward.received for each in moved]) / 2**20
     backward = np.array([each.backward.received for each in moved]) / 2**20
     ranks, colours = range(plan.cp_size), _colours(plan.cp_size)

@@ -28,7 +28,7 @@ from megatron_prefix.cli.options import (
 )
 from megatron_prefix.cli.plots import plot_comparison
 from megatron_prefix.collectives import all_gather_object
-from megatron_prefix.context_parallel.plan import CpPlan
+from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.checkpoint import (
     latest_checkpoint,
@@ -38,7 +38,9 @@ from megatron_prefix.mcore.checkpoint import (
     step_folder,
 )
 from megatron_prefix.mcore.compare import StepComparison, compare_step
+from megatron_prefix.mcore.core_attention import attention_layers
 from megatron_prefix.mcore.equivalence import copy_parameters
+from megatron_prefix.mcore.log_probs import unwrap
 from megatron_prefix.mcore.parallel import destroy
 from megatron_prefix.mcore.repeated import repeated_log_probs
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
@@ -136,7 +138,8 @@ def train_command(
     console = stderr_console()
     console.print(_banner(config, flags, sizes, len(groups), first, steps))
     if sizes.cp > 1:
-        console.print(_placement(groups[0], sizes.cp, settings.cp_placement, parallel.cp_comm_type))
+        layers = attention_layers(unwrap(model).config, parallel.cp_a2a)
+        console.print(_placement(groups[0], sizes.cp, settings.cp_placement, layers))
     result: dict[str, Any] = {"steps": steps, "resumed_from": first}
     with progress_bar("train", max(steps - first, 0), unit="tokens") as advance:
         for step, batch in enumerate(batches, start=first + 1):
@@ -258,11 +261,12 @@ def _banner(config: ModelConfig, flags: ModelFlags, sizes: Any, groups: int, fir
     )
 
 
-def _placement(group: RolloutGroup, cp_size: int, placement: str, comm_type: str) -> str:
+def _placement(group: RolloutGroup, cp_size: int, placement: str, layers: CpLayers) -> str:
     """Where context parallelism puts the rows of a group, which "auto" decides for every pack anew."""
-    plan = CpPlan.build(RolloutTree.from_group(group).layout, cp_size, placement)
+    plan = choose_plan(RolloutTree.from_group(group).layout, cp_size, placement, layers)
+    comm_types = ", ".join(sorted(set(layers.comm_types)))
     shares = "/".join(str(layout.num_rows) for layout in plan.local_layouts)
-    return f"cp {cp_size}, {comm_type}, placement {placement}: the first group's rows go {shares} by {plan.name}"
+    return f"cp {cp_size}, {comm_types}, placement {placement}: the first group's rows go {shares} by {plan.name}"
 
 
 def _compare(

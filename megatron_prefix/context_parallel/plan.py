@@ -13,14 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_prefix.context_parallel.placement import PLACEMENTS, Piece, Placement, area, place
+from megatron_prefix.context_parallel.placement import Piece, Placement, area, place
 from megatron_prefix.layout import AncestorRange, PrefixLayout
 
 Range = tuple[int, int]
-
-PAIRS_PER_ROW = 2000
-"""How many (query, key) pairs cost as much time as one key row that travels, forward and backward. Head dim 128, 32
-query and 8 key-value heads in bf16: 1.4e-10 s a pair at 400 TFLOP/s, 2.5e-7 s a row at 50 GB/s."""
 
 
 @dataclass(frozen=True)
@@ -57,28 +53,26 @@ class CpPlan:
 
     @classmethod
     def build(cls, layout: PrefixLayout, cp_size: int, placement: str) -> CpPlan:
-        """The plan of ``layout`` over ``cp_size`` ranks; "auto" takes the placement with the lower `cost`.
+        """The plan of ``layout`` over ``cp_size`` ranks with one of `placement.PLACEMENTS`; see `choice` for "auto".
 
         Raises:
             ValueError: an unknown placement, or a size below 1.
         """
-        if placement == "auto":
-            return min((cls.build(layout, cp_size, name) for name in PLACEMENTS), key=lambda plan: plan.cost)
         return cls(layout, place(layout, cp_size, placement), placement)
 
     @cached_property
-    def cost(self) -> int:
-        """Predicted cost of the slowest rank with p2p, in (query, key) pairs; see `PAIRS_PER_ROW`."""
+    def key_rows(self) -> tuple[tuple[int, ...], ...]:
+        """Key rows that each rank reads from each source in one forward pass (p2p and all_gather); none from itself."""
         ranks = range(self.cp_size)
-        return max(self.area(r) + PAIRS_PER_ROW * (self.rows_received(r) + self.rows_sent(r)) for r in ranks)
+        return tuple(tuple(sum(p.end - p.start for p in self.keys_read(r, source)) for source in ranks) for r in ranks)
 
     def rows_received(self, rank: int) -> int:
-        """Key rows that ``rank`` reads from all others in one forward pass (p2p and all_gather)."""
-        return sum(self.remote(rank, source).num_rows for source in range(self.cp_size) if source != rank)
+        """Key rows that ``rank`` reads from all others in one forward pass."""
+        return sum(self.key_rows[rank])
 
     def rows_sent(self, rank: int) -> int:
         """Key rows of ``rank`` that leave it in one forward pass, once for every rank that reads them."""
-        return sum(self.remote(reader, rank).num_rows for reader in range(self.cp_size) if reader != rank)
+        return sum(read[rank] for read in self.key_rows)
 
     @property
     def cp_size(self) -> int:
@@ -131,6 +125,27 @@ class CpPlan:
         calls = [tuple(call) for each in (own, by_level) for _, call in sorted(each.items())]
         return Remote(tuple(rows), tuple(calls))
 
+    def keys_read(self, rank: int, source: int) -> tuple[Piece, ...]:
+        """The pieces of ``source`` whose keys ``rank`` reads: none of a rank by itself. No piece is read in part."""
+        if rank == source:
+            return ()
+        reach = self._reach[rank]
+        return tuple(piece for piece in self.placement[source] if piece.end <= reach[piece.segment])
+
+    @cached_property
+    def _reach(self) -> list[list[int]]:
+        """For each rank and segment the row before which the rank reads others' keys."""
+        reach = []
+        for pieces, mine in zip(self.placement, self.local_layouts, strict=True):
+            last = [0] * len(self.layout)
+            for piece in pieces:
+                last[piece.segment] = piece.start
+            for segment, length in enumerate(self.layout.lengths):
+                if mine.subtree_ends[segment] > mine.starts[segment + 1]:
+                    last[segment] = length
+            reach.append(last)
+        return reach
+
     def _own_rectangles(self, rank: int, source: int, segment: int, offset: int) -> list[AncestorRange]:
         """Rows of ``rank`` in a segment against the earlier rows of ``source`` in it, queries of one reach together."""
         theirs = [piece for piece in self.placement[source] if piece.segment == segment]
@@ -156,6 +171,8 @@ class CpPlan:
         """
         if inner < 1 or self.cp_size % inner:
             raise ValueError(f"{self.cp_size} context-parallel ranks cannot be grouped by {inner}; use a divisor")
+        if inner == 1:
+            return self
         merged = []
         for first in range(0, self.cp_size, inner):
             pieces = sorted(piece for rank in self.placement[first : first + inner] for piece in rank)
@@ -163,9 +180,10 @@ class CpPlan:
         return CpPlan(self.layout, tuple(merged), self.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data, ready for JSON: layout, placement, cost, and what each rank owns, reads and computes.
+        """The plan as plain data, ready for JSON: layout, placement, and what each rank owns, reads and computes.
 
-        Pieces are [segment, first row, end row]; rows_received has one entry per rank, 0 for the rank itself.
+        Pieces are [segment, first row, end row]. keys_read has the pieces of every rank's rows whose keys are read, and
+        rows_received how many those are; none of the rank itself.
         """
         ranks = range(self.cp_size)
         return {
@@ -173,14 +191,14 @@ class CpPlan:
             "parents": list(self.layout.parents),
             "cp_size": self.cp_size,
             "placement": self.name,
-            "cost": self.cost,
             "ranks": [
                 {
                     "rank": rank,
                     "pieces": [list(piece) for piece in self.placement[rank]],
                     "rows": self.local_layouts[rank].num_rows,
                     "response_rows": self.response_rows(rank),
-                    "rows_received": [self.remote(rank, s).num_rows if s != rank else 0 for s in ranks],
+                    "keys_read": [[list(piece) for piece in self.keys_read(rank, source)] for source in ranks],
+                    "rows_received": list(self.key_rows[rank]),
                     "area": self.area(rank),
                 }
                 for rank in ranks

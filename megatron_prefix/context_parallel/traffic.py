@@ -83,13 +83,12 @@ class LayerTraffic:
 
 
 def layer_traffic(
-    plan: CpPlan, rank: int, shape: AttentionShape, comm_type: str, a2a_size: int | None = None
-) -> LayerTraffic:
-    """What ``rank`` moves for one layer.
+    plan: CpPlan, shape: AttentionShape, comm_type: str, a2a_size: int | None = None
+) -> tuple[LayerTraffic, ...]:
+    """What each rank moves for one layer.
 
     Args:
         plan: of the micro-batch.
-        rank: among the context-parallel ranks.
         shape: of the layer.
         comm_type: one of `comm_types.COMM_TYPES`.
         a2a_size: ranks of an inner group, for a2a+p2p.
@@ -99,27 +98,41 @@ def layer_traffic(
     """
     inner = inner_size(plan.cp_size, comm_type, a2a_size)
     split = HeadSplit.build(shape.query_heads, shape.kv_heads, inner)
-    first = rank // inner * inner
-    counts = [plan.local_layouts[r].num_rows for r in range(first, first + inner)]
     outer = plan.merged(inner)
-    ring = (outer.rows_sent(rank // inner), outer.rows_received(rank // inner))
-    return _traffic(shape, split, rank - first, counts, ring)
+    moved = []
+    for group in range(outer.cp_size):
+        counts = [plan.local_layouts[rank].num_rows for rank in range(group * inner, (group + 1) * inner)]
+        ring = (outer.rows_sent(group), outer.rows_received(group))
+        moved += [_traffic(shape, split, rank, counts, ring) for rank in range(inner)]
+    return tuple(moved)
 
 
-def repeated_traffic(
+def computed_areas(plan: CpPlan, comm_type: str, a2a_size: int | None = None) -> list[float]:
+    """(query, key) pairs that each rank computes; a rank with an n-th of the heads counts an n-th of a pair.
+
+    Raises:
+        ValueError: an unknown comm_type, or a2a+p2p without a fitting a2a_size.
+    """
+    inner = inner_size(plan.cp_size, comm_type, a2a_size)
+    outer = plan.merged(inner)
+    return [outer.area(rank // inner) / inner for rank in range(plan.cp_size)]
+
+
+def untrimmed_traffic(
     layout: PrefixLayout, cp_size: int, shape: AttentionShape, comm_type: str, a2a_size: int | None = None
 ) -> LayerTraffic:
-    """What any rank moves for one layer when plain Megatron trains the same sequences with their prefixes repeated.
+    """What any rank moves for one layer when every key goes to every rank, whether a query there reads it or not.
 
-    As Transformer Engine does it: every sequence is padded to a multiple of 2 * cp_size rows and cut in dual chunks;
-    with p2p and all_gather all keys of a rank travel to all others, in backward the keys and their gradients.
+    As Transformer Engine does it: every segment is padded to a multiple of 2 * cp_size rows and cut in dual chunks;
+    with p2p and all_gather all keys of a rank travel to all others, in backward the keys and their gradients. With
+    ``layout.repeated()`` that is what plain Megatron moves when it trains the same sequences with repeated prefixes.
 
     Raises:
         ValueError: as `layer_traffic`.
     """
     inner = inner_size(cp_size, comm_type, a2a_size)
     split = HeadSplit.build(shape.query_heads, shape.kv_heads, inner)
-    each = sum(-(-length // (2 * cp_size)) * 2 for length in layout.repeated().lengths)
+    each = sum(-(-length // (2 * cp_size)) * 2 for length in layout.lengths)
     ring = each * inner * (cp_size // inner - 1)
     return _traffic(shape, split, 0, [each] * inner, (ring, ring))
 
@@ -161,13 +174,15 @@ def _traffic(
 def plan_with_traffic(
     plan: CpPlan, shape: AttentionShape, comm_type: str, a2a_size: int | None = None
 ) -> dict[str, Any]:
-    """`CpPlan.to_dict` with each rank's bytes of one layer.
+    """`CpPlan.to_dict` with each rank's bytes of one layer and the area that it computes in it.
 
     Raises:
         ValueError: as `layer_traffic`.
     """
     result = plan.to_dict()
-    for rank, entry in enumerate(result["ranks"]):
-        moved = layer_traffic(plan, rank, shape, comm_type, a2a_size)
+    areas = computed_areas(plan, comm_type, a2a_size)
+    for rank, moved in enumerate(layer_traffic(plan, shape, comm_type, a2a_size)):
+        entry = result["ranks"][rank]
+        entry["computed_area"] = areas[rank]
         entry["bytes"] = {"forward": moved.forward._asdict(), "backward": moved.backward._asdict()}
     return result

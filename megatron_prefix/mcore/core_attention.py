@@ -12,7 +12,9 @@ from torch.nn.functional import pad
 
 from megatron_prefix.attention import IMPLS, resolve_impl
 from megatron_prefix.attention.grouped import check_tensors, resolve_scale
+from megatron_prefix.context_parallel.choice import CpLayers
 from megatron_prefix.context_parallel.comm_types import COMM_TYPES
+from megatron_prefix.context_parallel.traffic import AttentionShape
 from megatron_prefix.mcore.packed import LayerSettings, PrefixPackedSeqParams
 from megatron_prefix.mcore.support import refuse_unsupported
 
@@ -100,6 +102,26 @@ def _comm_type_of_layer(config: TransformerConfig, layer_number: int, given: str
             f"layer {layer_number}: unknown cp_comm_type {chosen!r}; choose one of {', '.join(COMM_TYPES)}"
         )
     return chosen
+
+
+def attention_layers(config: TransformerConfig, a2a_size: int | None = None) -> CpLayers:
+    """All attention layers of a model, of every pipeline stage, for the choice of a placement.
+
+    Args:
+        config: of the model.
+        a2a_size: ranks of an inner group of cp_comm_type "a2a+p2p".
+
+    Raises:
+        ValueError: an unknown cp_comm_type.
+    """
+    per_layer = config.cp_comm_type
+    comm_types = tuple(per_layer) if isinstance(per_layer, list) else (per_layer or "p2p",)
+    tp = config.tensor_model_parallel_size
+    query_heads, kv_heads = config.num_attention_heads // tp, max(1, config.num_query_groups // tp)
+    size = config.params_dtype.itemsize
+    return CpLayers(
+        AttentionShape(query_heads, kv_heads, config.kv_channels, bytes_per_element=size), comm_types, a2a_size
+    )
 
 
 def require_layout(packed_seq_params: PackedSeqParams | None) -> PrefixPackedSeqParams:

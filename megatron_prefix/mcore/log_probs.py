@@ -18,9 +18,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from megatron_prefix.collectives import Group, all_gather_uneven, all_reduce_max, all_reduce_sum, group_rank
+from megatron_prefix.collectives import (
+    Group,
+    Traffic,
+    all_gather_uneven,
+    all_reduce_max,
+    all_reduce_sum,
+    group_rank,
+    group_size,
+)
 from megatron_prefix.context_parallel.attention import CpShare
-from megatron_prefix.mcore.core_attention import PrefixCoreAttention
+from megatron_prefix.mcore.core_attention import PrefixCoreAttention, attention_layers
 from megatron_prefix.mcore.packed import ContextParallel, PrefixPackedSeqParams
 from megatron_prefix.packing import NO_TARGET, Pack
 
@@ -36,6 +44,7 @@ def response_log_probs(
     with_entropy: bool = False,
     chunk_rows: int = 4096,
     cp_placement: str = "auto",
+    cp_traffic: Traffic | None = None,
     full: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of a pack's response tokens under a model with prefix-grouped attention.
@@ -51,6 +60,7 @@ def response_log_probs(
         with_entropy: also return the entropy of each row's distribution.
         chunk_rows: most rows whose logits exist at once.
         cp_placement: where rows go under context parallelism: "dual_chunk_swap", "branch", or "auto" by predicted cost.
+        cp_traffic: counts what attention moves between context-parallel ranks.
         full: under context parallelism, give every rank the whole vector (N numbers travel, no hidden state and no
             logit does); else only the rank's own rows, in order. In backward each rank takes the gradient of its own
             rows, so gradients of parameters must be summed over context-parallel ranks, as megatron-core's DDP does.
@@ -72,7 +82,7 @@ def response_log_probs(
     require_prefix_attention(inner)
     device = next(inner.parameters()).device
     multiple = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
-    cp = _context_parallel(inner, cp_placement)
+    cp = _context_parallel(inner, cp_placement, cp_traffic)
     content = zlib.crc32(pack.tokens.numpy().tobytes())
     packed = PrefixPackedSeqParams.build(pack.layout, device, multiple_of=multiple, cp=cp, content=content)
     hidden = _hidden_states(inner, pack, packed, device)
@@ -96,9 +106,13 @@ def response_log_probs(
     return (results[0], results[1]) if with_entropy else results[0]
 
 
-def _context_parallel(inner: Any, placement: str) -> ContextParallel:
+def _context_parallel(inner: Any, placement: str, traffic: Traffic | None) -> ContextParallel | None:
+    """None on one rank."""
+    if group_size(inner.pg_collection.cp) == 1:
+        return None
     groups = get_hierarchical_context_parallel_groups(check_initialized=False) or [None, None]
-    return ContextParallel(inner.pg_collection.cp, placement, inner=groups[0], outer=groups[1])
+    layers = attention_layers(inner.config, group_size(groups[0]) if groups[0] is not None else None)
+    return ContextParallel(inner.pg_collection.cp, layers, placement, groups[0], groups[1], traffic)
 
 
 def _response_numbers(pack: Pack, share: CpShare) -> list[Tensor]:

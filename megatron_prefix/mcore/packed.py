@@ -19,7 +19,7 @@ from megatron_prefix.attention import KERNELS, grouped_attention, reference_atte
 from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.collectives import Group, Traffic, all_gather_ints, group_size
 from megatron_prefix.context_parallel.attention import CpShare, context_parallel_attention
-from megatron_prefix.context_parallel.plan import CpPlan
+from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
 from megatron_prefix.layout import PrefixLayout
 
 
@@ -46,12 +46,14 @@ class ContextParallel:
 
     Attributes:
         group: all context-parallel ranks.
-        placement: "dual_chunk_swap", "branch" or "auto", see `context_parallel.placement`.
+        layers: the model's attention layers, by which "auto" chooses.
+        placement: "dual_chunk_swap", "branch" or "auto", see `context_parallel.placement` and `choice`.
         inner, outer: the two levels of groups of cp_comm_type "a2a+p2p", where there are any.
         traffic: counts bytes where given.
     """
 
     group: Group
+    layers: CpLayers
     placement: str = "auto"
     inner: Group = None
     outer: Group = None
@@ -64,28 +66,29 @@ class ContextParallel:
             ValueError: an unknown placement, or ranks with different packs (on every rank, naming the difference).
         """
         self.check_equal(layout, content)
-        plan = CpPlan.build(layout, group_size(self.group), self.placement)
+        plan = choose_plan(layout, group_size(self.group), self.placement, self.layers)
         return CpShare(plan, self.group, device, self.inner, self.outer, self.traffic)
 
     def check_equal(self, layout: PrefixLayout, content: int) -> None:
-        """Compare packs and placements over the ranks by checksum, once per micro-batch.
+        """Compare packs, placements and the layers' cp_comm_type over the ranks by checksum, once per micro-batch.
 
         Ranks with different layouts or placements would wait for each other; different tokens would go unnoticed.
 
         Raises:
             ValueError: on every rank, when they differ; names what each rank has.
         """
-        mine = (layout.checksum, len(layout), layout.num_rows, zlib.crc32(self.placement.encode()), content)
+        way = zlib.crc32(repr((self.placement, self.layers)).encode())
+        mine = (layout.checksum, len(layout), layout.num_rows, way, content)
         ranks = all_gather_ints(mine, self.group)
         if any(theirs != mine for theirs in ranks):
             shown = "; ".join(
                 f"rank {i}: {segments} segments, {rows} rows, checksums of the layout {layout_sum:08x}, "
-                f"the placement {placement_sum:08x}, the tokens {token_sum:08x}"
-                for i, (layout_sum, segments, rows, placement_sum, token_sum) in enumerate(ranks)
+                f"the placement and cp_comm_type {way_sum:08x}, the tokens {token_sum:08x}"
+                for i, (layout_sum, segments, rows, way_sum, token_sum) in enumerate(ranks)
             )
             raise ValueError(
                 f"context-parallel ranks have different layouts, placements or tokens of one micro-batch ({shown}); "
-                "give all the same pack and cp_placement"
+                "give all the same pack, cp_placement and cp_comm_type"
             )
 
 
@@ -120,13 +123,13 @@ class PrefixPackedSeqParams(PackedSeqParams):
         """The parameters of ``layout`` on ``device``, padded at the end to ``multiple_of`` rows.
 
         Sequence parallelism needs a multiple of the tensor-parallel size. Padding rows attend to nothing and are
-        attended by nothing. With ``cp``, rows are those that this context-parallel rank owns, and ``content`` is a
+        attended by nothing. With ``cp`` (two ranks or more), rows are those that this rank owns, and ``content`` is a
         checksum of the pack's tokens, to be compared over the ranks.
 
         Raises:
             ValueError: context-parallel ranks have different packs.
         """
-        share = cp.share(layout, device, content) if cp is not None and group_size(cp.group) > 1 else None
+        share = None if cp is None else cp.share(layout, device, content)
         positions = torch.tensor(layout.positions, dtype=torch.long)
         rows = None
         if share is not None:
