@@ -13,11 +13,10 @@ and refused by name, at the first forward pass, where it cannot run. For anythin
     te                        Transformer Engine                 no
     te_qk                     Transformer Engine                 yes
 
-The ``te`` names exist where Transformer Engine is installed; its norm follows ``--normalization``.
+The ``te`` names exist where megatron-core can import Transformer Engine; its norm follows ``--normalization``.
 """
 
-from importlib.util import find_spec
-
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -30,6 +29,6 @@ local_qk = with_prefix_attention(get_gpt_layer_local_spec(qk_layernorm=True))
 local_rmsnorm = with_prefix_attention(get_gpt_layer_local_spec(normalization="RMSNorm"))
 local_rmsnorm_qk = with_prefix_attention(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=True))
 
-if find_spec("transformer_engine") is not None:
+if HAVE_TE:
     te = with_prefix_attention(get_gpt_layer_with_transformer_engine_spec())
     te_qk = with_prefix_attention(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True))

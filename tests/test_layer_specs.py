@@ -117,6 +117,8 @@ def refusals_of_a_model(rank: int, world_size: int) -> dict[str, str]:
         "plain packed_seq_params": lambda: model(ids, ids, None, packed_seq_params=plain),
         "flash on the CPU": lambda: response_log_probs(flash, pack),
         "dropout in the model": lambda: build(by_megatron_lm("local_rmsnorm"), "rmsnorm", False, attention_dropout=0.1),
+        "no qk norm in the spec": lambda: build(by_megatron_lm("local_rmsnorm"), "rmsnorm", True),
+        "no l2 norm in the spec": lambda: build(by_megatron_lm("local_rmsnorm"), "rmsnorm", False, qk_l2_norm=True),
         "window in the model": lambda: build(by_megatron_lm("local_rmsnorm"), "rmsnorm", False, window_size=(8, 0)),
     }
     found = {}
@@ -135,6 +137,8 @@ def test_models_refuse_what_they_cannot_do() -> None:
     assert "impl='flash' runs on CUDA" in found["flash on the CPU"]
     # ready-made specs know no configuration, so the layer itself refuses
     assert "attention_dropout=0.1 is not supported with prefix groups" in found["dropout in the model"]
+    assert "qk_layernorm=True, but the layer spec has no norm of queries and keys" in found["no qk norm in the spec"]
+    assert "qk_l2_norm=True, but the layer spec has no norm of queries and keys" in found["no l2 norm in the spec"]
     assert "window_size=(8, 0) is not supported with prefix groups" in found["window in the model"]
 
 
@@ -175,6 +179,14 @@ def test_every_layer_of_a_block_is_replaced() -> None:
     block = with_prefix_attention(TransformerBlockSubmodules(layer_specs=layers, layer_norm=torch.nn.LayerNorm))
     assert [layer.submodules.self_attention.module for layer in block.layer_specs] == [PrefixSelfAttention] * 3
     assert block.layer_norm is torch.nn.LayerNorm
+
+
+@pytest.mark.parametrize("setting", ["qk_layernorm", "qk_l2_norm"])
+def test_norms_of_queries_and_keys_are_those_of_the_config(setting: str) -> None:
+    own = get_gpt_layer_local_spec(**{setting: True}).submodules.self_attention.submodules
+    made = prefix_gpt_layer_spec(config_with(**{setting: True})).submodules.self_attention.submodules
+    assert (made.q_layernorm, made.k_layernorm) == (own.q_layernorm, own.k_layernorm)
+    assert own.q_layernorm is not get_gpt_layer_local_spec().submodules.self_attention.submodules.q_layernorm
 
 
 class OwnAttention(SelfAttention):

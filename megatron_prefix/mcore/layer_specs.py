@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -25,7 +26,7 @@ def prefix_gpt_layer_spec(config: TransformerConfig, *, impl: str = "auto", use_
     """megatron-core's GPT layer spec with prefix-grouped attention.
 
     Args:
-        config: the model's configuration; experts, normalization and qk_layernorm are read from it.
+        config: the model's configuration; experts, normalization and the norms of queries and keys are read from it.
         impl: attention implementation, see `prefix_grouped_attention`.
         use_te: Transformer Engine's linear and norm modules instead of megatron-core's own.
 
@@ -38,6 +39,7 @@ def prefix_gpt_layer_spec(config: TransformerConfig, *, impl: str = "auto", use_
         "num_experts": config.num_moe_experts,
         "moe_grouped_gemm": config.moe_grouped_gemm,
         "qk_layernorm": config.qk_layernorm,
+        "qk_l2_norm": config.qk_l2_norm,
     }
     if use_te:
         require_transformer_engine()
@@ -66,13 +68,12 @@ def with_prefix_attention(spec: Any, *, impl: str = "auto") -> Any:
 
 
 def require_transformer_engine() -> None:
-    """Raises ImportError, naming the remedy, when Transformer Engine is not installed."""
-    try:
-        import transformer_engine  # noqa: F401
-    except ImportError as error:
+    """Raises ImportError, naming the remedy, when megatron-core could not import Transformer Engine's modules."""
+    if not HAVE_TE:
         raise ImportError(
-            "use_te=True needs Transformer Engine: pip install 'megatron-prefix[te]', or use_te=False"
-        ) from error
+            "use_te=True needs Transformer Engine: pip install 'megatron-prefix[te]', or use_te=False "
+            "(megatron-core cannot import transformer_engine.pytorch)"
+        )
 
 
 def _replace_attention(node: Any, impl: str) -> int:

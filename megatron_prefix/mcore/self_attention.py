@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from megatron_prefix.mcore.core_attention import require_layout
@@ -16,7 +17,19 @@ class PrefixSelfAttention(SelfAttention):
     In a pack every response continues the positions of its prefix, while megatron-core restarts them at each segment.
     The row's frequencies are picked from the model's table here, inside the layer, because that is the place that
     `GPTModel` and `HybridModel` share; rope, Llama-3 scaling and yarn (with its mscale) then work as they are.
+
+    Raises:
+        ValueError: at construction, a configuration that asks for norms of queries and keys which the spec has not.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("qk_layernorm", "qk_l2_norm"):
+            if getattr(self.config, name) and isinstance(self.q_layernorm, IdentityOp):
+                raise ValueError(
+                    f"{name}=True, but the layer spec has no norm of queries and keys: make the spec with {name} "
+                    f"(in megatron_prefix.specs those that end in _qk have qk_layernorm), or set {name}=False"
+                )
 
     def forward(
         self,
