@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -147,9 +148,11 @@ def load_checkpoint(
     if optimizer is not None:
         _make_adam_state(optimizer)
     expected = _sharded_state(model, optimizer, is_loading=True)
+    chunks = _chunks(model)
+    absent = {name: _take_absent_extra_state(expected[name], weights) for name, _ in chunks}
     loaded = dist_checkpointing.load(expected, str(weights))
-    for name, chunk in _chunks(model):
-        chunk.load_state_dict(loaded[name])
+    for name, chunk in chunks:
+        chunk.load_state_dict(loaded[name] | dict.fromkeys(absent[name]))
     if optimizer is not None:
         _load_optimizer(optimizer, loaded["optimizer"])
     return state
@@ -187,6 +190,22 @@ def _sharded_state(model: Model, optimizer: Any | None, *, is_loading: bool) -> 
         weights = state["model"] if "model" in state else dict(state)
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _take_absent_extra_state(expected: dict[str, Any], weights: Path) -> list[str]:
+    """Take away the FP8 state that the file does not have, and return its keys; without FP8 that state is empty.
+
+    Every module of Transformer Engine asks for its own, norms too; where it is not installed, norms write none.
+    """
+    stored = load_sharded_metadata(str(weights)).keys()
+    absent = [
+        key
+        for key, value in expected.items()
+        if isinstance(value, ShardedObject) and key.endswith("_extra_state") and value.unique_key not in stored
+    ]
+    for key in absent:
+        del expected[key]
+    return absent
 
 
 def _torch_adams(optimizer: Any) -> Iterator[tuple[Any, torch.optim.Adam]]:
