@@ -2,10 +2,10 @@
 
     N  rows of log-probs (response rows of a pack)   R  rollouts of the pack   M  trained (row, rollout) pairs
 
-See `rollout_pairs` for what a pair is. The loss of a pack is the sum of its pairs' weighted terms: its share of the mean
-over the GLOBAL batch (``BatchTotals``). Shares add up, over packs and over data-parallel ranks, to the same loss and the
-same gradients however the batch is cut. A host that averages gradients over its ranks instead of adding them must
-multiply the loss by the number of ranks.
+See `rollout_pairs` for what a pair is. The loss of a pack is the sum of its pairs' weighted terms: its share of the
+mean over the GLOBAL batch (``BatchTotals``). Shares add up, over packs and over data-parallel ranks, to the same loss
+and the same gradients however the batch is cut. A host that averages gradients over its ranks instead of adding them
+must multiply the loss by the number of ranks.
 
 Sources: PPO clipping (arXiv 1707.06347), GRPO (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476: token mean,
 separate clip bounds), GSPO (2507.18071: sequence ratio), the KL estimators k1 to k3 (J. Schulman, "Approximating KL

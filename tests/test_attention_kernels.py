@@ -1,6 +1,7 @@
 """Below prefix-grouped attention: memory, the merge, the CUDA kernel's calls, and deliberate errors that must show."""
 
 import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_prefix import PrefixLayout, prefix_grouped_attention
-from megatron_prefix.attention import KERNELS, flash, grouped_attention, merge, merge_attention, sdpa
+from megatron_prefix.attention import KERNELS, check_impl, flash, grouped_attention, merge, merge_attention, sdpa
 from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.attention.flash import FlashKernel
 from megatron_prefix.attention.sdpa import SdpaKernel
@@ -188,7 +189,7 @@ def varlen_backward(*args: Any, scale: float) -> tuple[Tensor, ...]:
 class FlashOnCpu(FlashKernel):
     """The CUDA kernel's class over stand-ins for its two operators: its gathers, offsets and sums are the real ones."""
 
-    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    def refusal(self, *args: Any) -> str | None:
         return None
 
 
@@ -297,7 +298,34 @@ def test_a_merge_without_weights_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_every_kernel_of_the_table_is_known_by_its_name() -> None:
     """A kernel that runs here is held to the oracles above; one that does not must say what it needs."""
-    tensors = inputs(1, dtype=torch.bfloat16)[:3]
     for name, kernel in KERNELS.items():
-        refusal = kernel.refusal(*tensors)
+        refusal = kernel.refusal(CPU, torch.bfloat16, 16)
         assert refusal is None or f"impl={name!r}" in refusal
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("impl", "device", "dtype", "head_dim", "cp_size", "message"),
+    [
+        ("flash", CPU, torch.bfloat16, 64, 1, "impl='flash' runs on CUDA, the tensors are on cpu; use impl='sdpa'"),
+        ("flash", GPU, torch.float32, 64, 1, "impl='flash' takes bf16 or fp16, got torch.float32; use impl="),
+        ("auto", GPU, torch.bfloat16, 12, 1, "impl='flash' takes head dims up to 256 that are multiples of 8, got 12"),
+        ("sdpa", GPU, torch.float32, 64, 1, "impl='sdpa' runs on the CPU, the tensors are on cuda; use impl='flash'"),
+        ("auto", CPU, torch.int32, 64, 1, "impl='sdpa' takes fp64, fp32, bf16 or fp16, got torch.int32"),
+        ("reference", GPU, torch.float32, 64, 2, "impl='reference' holds the whole mask and cannot be split over"),
+        ("fast", CPU, torch.float32, 64, 1, "unknown impl 'fast'; choose one of auto, reference, sdpa, flash"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_known_beforehand(
+    impl: str, device: torch.device, dtype: torch.dtype, head_dim: int, cp_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_impl(impl, device, dtype, head_dim, cp_size=cp_size)
+
+
+def test_what_can_run_is_resolved() -> None:
+    assert check_impl("auto", CPU, torch.float64, 7) == check_impl("sdpa", CPU, torch.bfloat16, 7, cp_size=2) == "sdpa"
+    assert check_impl("auto", GPU, torch.float16, 256, cp_size=2) == "flash"
+    assert check_impl("reference", GPU, torch.float64, 7) == "reference"

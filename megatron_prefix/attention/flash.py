@@ -21,13 +21,12 @@ class FlashKernel:
 
     mixed_head_dims = False
 
-    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """CUDA tensors (or meta, to check shapes) of bf16 or fp16 with a head dim of at most 256, a multiple of 8."""
-        if q.device.type not in ("cuda", "meta"):
-            return f"impl='flash' runs on CUDA, the tensors are on {q.device}; use impl='sdpa'"
-        if q.dtype not in (torch.bfloat16, torch.float16):
-            return f"impl='flash' takes bf16 or fp16, got {q.dtype}; use impl='reference' or cast"
-        head_dim = max(q.shape[-1], v.shape[-1])
+        if device.type not in ("cuda", "meta"):
+            return f"impl='flash' runs on CUDA, the tensors are on {device}; use impl='sdpa'"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"impl='flash' takes bf16 or fp16, got {dtype}; use impl='reference' or cast"
         if head_dim > 256 or head_dim % 8:
             return f"impl='flash' takes head dims up to 256 that are multiples of 8, got {head_dim}"
         return None

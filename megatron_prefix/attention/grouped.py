@@ -79,10 +79,10 @@ def fit_kernel(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> tuple[Tensor,
     Raises:
         ValueError: tensors that the kernel cannot take.
     """
-    refusal = kernel.refusal(q, k, v)
+    width, width_v = q.shape[-1], v.shape[-1]
+    refusal = kernel.refusal(q.device, q.dtype, max(width, width_v))
     if refusal:
         raise ValueError(refusal)
-    width, width_v = q.shape[-1], v.shape[-1]
     if width != width_v and not kernel.mixed_head_dims:
         # Zero columns change no score and no output column that is kept.
         wide = max(width, width_v)

@@ -26,8 +26,8 @@ class Kernel(Protocol):
     mixed_head_dims: bool
     """Whether the head dim of v may differ from that of q and k."""
 
-    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        """Why this kernel cannot run on such tensors, with the remedy, or None."""
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why this kernel cannot run on such tensors, with the remedy, or None; asked before there are any."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
         """Attention of one call over packed q [T, Hq, D], k and v [T, Hkv, D].
@@ -68,3 +68,32 @@ def resolve_impl(impl: str, device: torch.device) -> str:
     if impl != "auto":
         return impl
     return "sdpa" if device.type == "cpu" else "flash"
+
+
+def kernel_named(impl: str) -> Kernel:
+    """The kernel that a resolved ``impl`` names.
+
+    Raises:
+        ValueError: "reference", which is none.
+    """
+    if impl == "reference":
+        raise ValueError("impl='reference' holds the whole mask and cannot be split over ranks; use impl='auto'")
+    return KERNELS[impl]
+
+
+def check_impl(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, cp_size: int = 1) -> str:
+    """`resolve_impl` that also asks whether it can run there, before any tensor exists.
+
+    Args:
+        device, dtype, head_dim: of the tensors to come; the larger head dim where that of v differs.
+        cp_size: context-parallel ranks.
+
+    Raises:
+        ValueError: an unknown name, or one that cannot run there; says why and what can.
+    """
+    name = resolve_impl(impl, device)
+    if name != "reference" or cp_size > 1:
+        refusal = kernel_named(name).refusal(device, dtype, head_dim)
+        if refusal:
+            raise ValueError(refusal)
+    return name

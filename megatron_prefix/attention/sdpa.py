@@ -23,12 +23,12 @@ class SdpaKernel:
 
     mixed_head_dims = False
 
-    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """CPU tensors of fp64, fp32, bf16 or fp16 only."""
-        if q.device.type != "cpu":
-            return f"impl='sdpa' runs on the CPU, the tensors are on {q.device}; use impl='flash'"
-        if q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return f"impl='sdpa' takes fp64, fp32, bf16 or fp16, got {q.dtype}"
+        if device.type != "cpu":
+            return f"impl='sdpa' runs on the CPU, the tensors are on {device}; use impl='flash'"
+        if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return f"impl='sdpa' takes fp64, fp32, bf16 or fp16, got {dtype}; cast"
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, softmax_scale: float) -> tuple[Tensor, Tensor]:

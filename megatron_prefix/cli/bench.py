@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 import torch
 
-from megatron_prefix.attention import KERNELS
+from megatron_prefix.attention import KERNELS, check_impl
 from megatron_prefix.bench import attention, context_parallel
 from megatron_prefix.bench.group import DTYPES, GroupSizes
 from megatron_prefix.bench.report import ResultsDifferError, summary, table
@@ -97,13 +97,12 @@ def attention_command(
     megatron-prefix bench attention --dtype bf16 --heads 2 --kv-heads 2 --repeats 3
     torchrun --nproc-per-node 2 -m megatron_prefix bench attention --cp 2
     """
-    _check_call(out, cp)
+    device = _check_call(out, impl, dtype, head_dim, cp)
     group = GroupSizes(prefix_len, response_len, group_size)
     sizes = attention.AttentionSizes(heads, kv_heads, head_dim, dtype, impl)
     if cp > 1:
         _bench_cp(group, sizes, context_parallel.CpSizes(cp_comm_type, cp_placement), repeats, seed, as_json, out)
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def run(after_each: Callable[[str], None]) -> dict[str, Any]:
         return attention.bench_attention(group, sizes, repeats=repeats, seed=seed, device=device, after_each=after_each)
@@ -154,7 +153,6 @@ def step_command(
     megatron-prefix bench step
     megatron-prefix bench step --model smollm2 --prefix-len 512 --response-len 64 --repeats 3
     """
-    _check_call(out)
     group = GroupSizes(prefix_len, response_len, group_size)
     if model is not None:
         given = [
@@ -174,6 +172,7 @@ def step_command(
             vocab_size=vocab_size,
             max_position_embeddings=prefix_len + response_len,
         )
+    _check_call(out, impl, dtype, config.channels)
     # megatron-core takes seconds to import: not for `bench attention`, nor for bad input.
     from megatron_prefix.bench import step
     from megatron_prefix.cli.options import ParallelFlags
@@ -191,11 +190,11 @@ def step_command(
         destroy()
 
 
-def _check_call(out: Path | None, processes: int = 1) -> None:
-    """What can be refused before any work.
+def _check_call(out: Path | None, impl: str, dtype: str, head_dim: int, processes: int = 1) -> torch.device:
+    """Where the benchmark runs. Refuses what can be refused before any work.
 
     Raises:
-        ValueError: another number of processes, or a file in a folder that does not exist.
+        ValueError: another number of processes, a file in a folder that does not exist, or a kernel that cannot run.
     """
     started = torchrun_ranks()[1]
     if started != processes:
@@ -205,6 +204,9 @@ def _check_call(out: Path | None, processes: int = 1) -> None:
         )
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_impl(impl, device, DTYPES[dtype], head_dim, cp_size=processes)
+    return device
 
 
 def _bench_cp(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from importlib.util import find_spec
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 
-from megatron_prefix.attention import IMPLS
+from megatron_prefix.attention import IMPLS, check_impl
 from megatron_prefix.cli.console import start_distributed
 from megatron_prefix.cli.cp_options import Command, check_a2a, cp_options, cp_placement_option, gather
 from megatron_prefix.loss import LossConfig
@@ -82,7 +82,7 @@ class ModelFlags:
     def __post_init__(self) -> None:
         if self.dtype == "auto":
             object.__setattr__(self, "dtype", "bf16" if torch.cuda.is_available() else "fp32")
-        if self.use_te and find_spec("transformer_engine") is None:
+        if self.use_te and not HAVE_TE:
             raise ValueError("--use-te needs Transformer Engine: pip install 'megatron-prefix[te]', or leave it out")
 
     def config(self) -> ModelConfig:
@@ -94,6 +94,15 @@ class ModelFlags:
         if self.model is None:
             raise ValueError("--model is missing: a checkpoint folder (from `import` or `train`) or a model.json")
         return load_config(self.model) if self.model.is_dir() else ModelConfig.from_json(self.model)
+
+    def check_impl(self, config: ModelConfig, cp_size: int) -> None:
+        """Refuse an attention implementation that cannot run this model on this machine, before any work.
+
+        Raises:
+            ValueError: why it cannot, and what can.
+        """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_impl(self.impl, device, self.torch_dtype, config.channels, cp_size=cp_size)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -143,14 +152,14 @@ def check_groups(groups: Sequence[RolloutGroup], config: ModelConfig, max_tokens
 
 
 def check_writable(option: str, folder: Path) -> None:
-    """Make ``folder`` and see whether files can be written there, before any work.
+    """See whether files can be written to ``folder``, before any work; a folder that is not there is not made yet.
 
     Raises:
         ValueError: they cannot; names the option.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise ValueError(

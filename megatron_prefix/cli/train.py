@@ -103,6 +103,7 @@ def train_command(
         raise ValueError("--plot draws the comparison: add --compare 1")
     config = flags.config()
     groups = read_rollouts(rollouts)
+    flags.check_impl(config, parallel.cp)
     check_groups(groups, config, max_tokens_per_pack)
     if loss.importance_cap is not None and groups[0].log_probs is None:
         raise ValueError(

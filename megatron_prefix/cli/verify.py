@@ -102,6 +102,7 @@ def verify_command(
         raise ValueError("bf16 is judged against the plain path's own error: leave out --steps and --tolerance")
     config = TINY_MODEL if tiny and flags.model is None else flags.config()
     groups = read_rollouts(rollouts)[:max_groups] if rollouts else tiny_groups(config.vocab_size, seed)
+    flags.check_impl(config, parallel.cp)
     check_groups(groups, config, max_tokens_per_pack)
     sizes = parallel.start(seed)
     started = time.perf_counter()

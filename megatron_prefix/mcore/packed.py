@@ -15,7 +15,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_prefix.attention import KERNELS, grouped_attention, reference_attention
+from megatron_prefix.attention import KERNELS, grouped_attention, kernel_named, reference_attention
 from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.collectives import Group, Traffic, all_gather_ints, group_size
 from megatron_prefix.context_parallel.attention import CpShare, context_parallel_attention
@@ -187,9 +187,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
             ValueError: what the kernel or the exchange of context parallelism cannot do.
         """
         if self.share is not None:
-            if layer.impl == "reference":
-                raise ValueError("impl='reference' holds the whole mask and cannot be split over ranks; use 'sdpa'")
-            kernel = KERNELS[layer.impl]
+            kernel = kernel_named(layer.impl)
             return context_parallel_attention(q, k, v, self.share, layer.cp_comm_type, layer.softmax_scale, kernel)
         if layer.impl == "reference":
             return reference_attention(q, k, v, self.layout, layer.softmax_scale)
