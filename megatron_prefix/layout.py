@@ -13,6 +13,7 @@ Everything here is plain Python on integers: no torch, no process groups, nothin
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -171,3 +172,91 @@ class PrefixLayout:
     def repeated(self) -> PrefixLayout:
         """The layout of repeated-prefix training: every root-to-leaf sequence as a segment of its own."""
         return PrefixLayout([self.first_positions[i] + self.lengths[i] for i in self.leaves], [-1] * len(self.leaves))
+
+
+@dataclass(frozen=True, init=False)
+class PartLayout(PrefixLayout):
+    """Some subtrees of a tree whose ancestors' rows are in another pack: a micro-batch of a split prefix group.
+
+    Rows are those of the part alone. The ancestors stand in the tree as segments without rows, so that levels and
+    queries are those of a whole tree; their keys are read from a cache, which holds the rows of the ancestors' pack.
+
+        ancestors' pack     p p p                 cached at rows 0..2
+        part                      0 0             sees p p p and, causally, itself
+                                      1 1 1       sees p p p, never segment 0
+
+    Args:
+        lengths: rows of each segment in this pack; 0 for a cached segment.
+        parents: as in `PrefixLayout`.
+        cached_lengths: rows of each segment in the cache; 0 for a segment of this pack.
+        cached_starts: first row of each segment in the cache; 0 for a segment of this pack.
+
+    Raises:
+        ValueError: as `PrefixLayout`; lists of different length, a segment with rows in both places, a cached segment
+            below one of this pack, or a negative row. The message names the segment.
+    """
+
+    cached_lengths: tuple[int, ...]
+    cached_starts: tuple[int, ...]
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        parents: Sequence[int],
+        cached_lengths: Sequence[int],
+        cached_starts: Sequence[int],
+    ) -> None:
+        super().__init__(tuple(lengths), tuple(parents))
+        if not len(lengths) == len(cached_lengths) == len(cached_starts):
+            raise ValueError(
+                f"a part needs one cached length and start per segment: {len(self)} segments, "
+                f"{len(cached_lengths)} lengths, {len(cached_starts)} starts"
+            )
+        for i, (length, cached, start) in enumerate(zip(lengths, cached_lengths, cached_starts, strict=True)):
+            if cached < 0 or start < 0:
+                raise ValueError(f"segment {i}: cached length and start must be 0 or more, got {cached} and {start}")
+            if cached and length:
+                raise ValueError(f"segment {i} has {length} rows here and {cached} in the cache; it must be in one")
+            if cached and parents[i] >= 0 and lengths[parents[i]]:
+                raise ValueError(f"segment {i} is cached, but its parent {parents[i]} has rows in this part")
+        object.__setattr__(self, "cached_lengths", tuple(cached_lengths))
+        object.__setattr__(self, "cached_starts", tuple(cached_starts))
+
+    @cached_property
+    def first_positions(self) -> tuple[int, ...]:
+        """Position of each segment's first row in its own sequence, cached ancestors counted: [S]."""
+        firsts: list[int] = []
+        for parent in self.parents:
+            firsts.append(0 if parent < 0 else firsts[parent] + self.lengths[parent] + self.cached_lengths[parent])
+        return tuple(firsts)
+
+    @cached_property
+    def cached_levels(self) -> tuple[tuple[AncestorRange, ...], ...]:
+        """As `ancestor_levels`, with keys in the rows of the cache."""
+        by_level: dict[int, list[AncestorRange]] = {}
+        for i, (count, start) in enumerate(zip(self.cached_lengths, self.cached_starts, strict=True)):
+            q_start, q_end = self.starts[i + 1], self.subtree_ends[i]
+            if count and q_end > q_start:
+                by_level.setdefault(self.levels[i], []).append(AncestorRange(q_start, q_end, start, start + count))
+        return tuple(tuple(by_level[level]) for level in sorted(by_level))
+
+    @property
+    def num_cached_rows(self) -> int:
+        """Least number of rows that the cache must have."""
+        return max(start + count for start, count in zip(self.cached_starts, self.cached_lengths, strict=True))
+
+    @cached_property
+    def area(self) -> int:
+        """(query, key) pairs of this part's rows, those with cached keys included."""
+        cached = sum((r.q_end - r.q_start) * (r.k_end - r.k_start) for level in self.cached_levels for r in level)
+        return super().area + cached
+
+    @cached_property
+    def checksum(self) -> int:
+        """CRC-32 of all that makes the part."""
+        return zlib.crc32(repr((self.lengths, self.parents, self.cached_lengths, self.cached_starts)).encode())
+
+    def repeated(self) -> PrefixLayout:
+        """The layout of repeated-prefix training of this part's leaves."""
+        ends = [self.first_positions[i] + self.lengths[i] for i in self.leaves if self.lengths[i]]
+        return PrefixLayout(ends, [-1] * len(ends))

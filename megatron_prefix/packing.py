@@ -8,16 +8,20 @@ case where a prefix ends. A prompt P with responses R_i takes (|P| - 1) + sum |R
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_prefix.layout import PrefixLayout
+from megatron_prefix.layout import PartLayout, PrefixLayout
 from megatron_prefix.loss import BatchTotals, RolloutPairs, group_advantages
 from megatron_prefix.rollout_group import RolloutGroup, token_ids
+
+if TYPE_CHECKING:
+    from megatron_prefix.attention.prefix_cache import PrefixCache
 
 NO_TARGET = -100
 """Target of a row that predicts nothing (torch's ignore index)."""
@@ -114,6 +118,19 @@ class RolloutTree:
         return PrefixLayout(lengths, [node.parent for node in self.nodes])
 
 
+@dataclass(eq=False)
+class SharedPrefix:
+    """The prefix of a split group, while a step runs. Equal only to itself.
+
+    Attributes:
+        num_rows: rows of its pack.
+        cache: its keys on this pipeline stage, opened and closed by `forward_backward_prefix_groups`.
+    """
+
+    num_rows: int
+    cache: PrefixCache | None = None
+
+
 @dataclass(frozen=True)
 class Pack:
     """One micro-batch: rows of several prefix groups (or trees) side by side. Tensors are on the CPU.
@@ -130,6 +147,7 @@ class Pack:
         advantages: fp32 [K].
         rewards: fp32 [K].
         sampler_log_probs: fp32 [N], of the policy that sampled the tokens, or None where not recorded.
+        prefix: of a split group, see `splitting`: shared by the pack of its prefix and those of its parts.
     """
 
     layout: PrefixLayout
@@ -141,6 +159,12 @@ class Pack:
     advantages: Tensor
     rewards: Tensor
     sampler_log_probs: Tensor | None
+    prefix: SharedPrefix | None = None
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether this is the prefix of a split group: rows without targets, whose keys the parts read."""
+        return self.prefix is not None and not isinstance(self.layout, PartLayout)
 
     @property
     def totals(self) -> BatchTotals:
@@ -171,7 +195,7 @@ def pack_groups(
     packs: list[list[RolloutTree]] = []
     free = 0
     for tree in trees:
-        rows = _num_rows(tree, repeated)
+        rows = num_rows(tree, repeated)
         if not packs or (max_tokens_per_pack is not None and rows > free):
             packs.append([])
             free = max_tokens_per_pack or 0
@@ -186,7 +210,7 @@ def _check_sampler_log_probs(groups: Sequence[RolloutGroup | RolloutTree], trees
     if len({given for given, _ in known}) > 1:
         missing = next(i for given, i in known if not given)
         raise ValueError(
-            f"group {_name(groups[missing], missing)} lacks sampler log_probs that others have; give them for all "
+            f"group {group_name(groups[missing], missing)} lacks sampler log_probs that others have; give them for all "
             "rollouts or for none"
         )
 
@@ -228,10 +252,10 @@ def check_pack_limit(
         raise ValueError(f"max_tokens_per_pack must be at least 1, got {max_tokens_per_pack}")
     trees = [group if isinstance(group, RolloutTree) else RolloutTree.from_group(group) for group in groups]
     for i, tree in enumerate(trees):
-        rows = _num_rows(tree, repeated)
+        rows = num_rows(tree, repeated)
         if max_tokens_per_pack is not None and rows > max_tokens_per_pack:
             raise ValueError(
-                f"group {_name(groups[i], i)} needs {rows} rows, max_tokens_per_pack is {max_tokens_per_pack}; "
+                f"group {group_name(groups[i], i)} needs {rows} rows, max_tokens_per_pack is {max_tokens_per_pack}; "
                 f"raise max_tokens_per_pack to at least {rows}, or give the group fewer or shorter responses"
             )
     return trees
@@ -260,51 +284,29 @@ def balance_groups(groups: Sequence[RolloutGroup | RolloutTree], num_ranks: int)
     return [sorted(share) for share in shares]
 
 
-def _num_rows(tree: RolloutTree, repeated: bool) -> int:
+def num_rows(tree: RolloutTree, repeated: bool = False) -> int:
     """Rows that the tree takes in a pack."""
     if not repeated:
         return sum(len(node.tokens) for node in tree.nodes) - 1
     return sum(sum(len(node.tokens) for node in _path(tree, r)) - 1 for r in range(len(tree.rewards)))
 
 
-def _name(group: RolloutGroup | RolloutTree, index: int) -> str:
+def group_name(group: RolloutGroup | RolloutTree, index: int) -> str:
     group_id = None if isinstance(group, RolloutTree) else group.group_id
     return f"{index}" if group_id is None else f"{index} ({group_id!r})"
 
 
 def _build_pack(trees: Sequence[RolloutTree], normalize_std: bool, repeated: bool) -> Pack:
-    rows = _PackRows()
+    rows = PackRows()
     first_rollout = 0
     for tree in trees:
         (_add_repeated if repeated else _add_grouped)(rows, tree, first_rollout)
         first_rollout += len(tree.rewards)
-    layout = PrefixLayout(rows.lengths, rows.parents)
-    targets = torch.tensor(rows.targets, dtype=torch.long)
-    response_rows = torch.nonzero(targets != NO_TARGET).flatten()
-    number = {row: n for n, row in enumerate(response_rows.tolist())}
-    pairs = sorted(rows.pairs)
     advantages = [a for tree in trees for a in group_advantages(tree.rewards, normalize_std=normalize_std)]
-    sampler = torch.tensor(rows.sampler_log_probs, dtype=torch.float32)[response_rows]
-    pair_rollout = torch.tensor([rollout for rollout, _ in pairs], dtype=torch.long)
-    return Pack(
-        layout=layout,
-        tokens=torch.tensor(rows.tokens, dtype=torch.long),
-        targets=targets,
-        positions=torch.tensor(layout.positions, dtype=torch.long),
-        response_rows=response_rows,
-        pairs=RolloutPairs(
-            row=torch.tensor([number[row] for _, row in pairs], dtype=torch.long),
-            rollout=pair_rollout,
-            num_rollouts=first_rollout,
-            lengths=torch.bincount(pair_rollout, minlength=first_rollout),
-        ),
-        advantages=torch.tensor(advantages, dtype=torch.float32),
-        rewards=torch.tensor([r for tree in trees for r in tree.rewards], dtype=torch.float32),
-        sampler_log_probs=None if sampler.isnan().any() else sampler,
-    )
+    return rows.pack(PrefixLayout(rows.lengths, rows.parents), advantages, [r for tree in trees for r in tree.rewards])
 
 
-class _PackRows:
+class PackRows:
     """The rows of a pack while it is put together."""
 
     def __init__(self) -> None:
@@ -326,6 +328,57 @@ class _PackRows:
         self.sampler_log_probs.extend(log_probs)
         return len(self.lengths) - 1
 
+    def add_prompt(self, parent: int, tokens: Sequence[int]) -> int:
+        """Append a segment that predicts nothing; returns its index."""
+        return self.add_segment(parent, tokens, [NO_TARGET] * len(tokens), [float("nan")] * len(tokens))
+
+    def add_node(self, parent: int, tree: RolloutTree, index: int, rollouts: Mapping[int, int]) -> int:
+        """Append a node below the root with its pairs; ``rollouts`` numbers those of the tree in the pack."""
+        node = tree.nodes[index]
+        start = len(self.tokens)
+        self.pairs += [(rollouts[rollout], start + i) for rollout in node.rollouts for i in _trained(node)]
+        return self.add_segment(parent, node_rows(tree, index), _targets(node), _log_probs(node))
+
+    def pack(
+        self,
+        layout: PrefixLayout,
+        advantages: Sequence[float],
+        rewards: Sequence[float],
+        prefix: SharedPrefix | None = None,
+    ) -> Pack:
+        """The pack of these rows, with one advantage and reward per rollout."""
+        targets = torch.tensor(self.targets, dtype=torch.long)
+        response_rows = torch.nonzero(targets != NO_TARGET).flatten()
+        number = {row: n for n, row in enumerate(response_rows.tolist())}
+        pairs = sorted(self.pairs)
+        sampler = torch.tensor(self.sampler_log_probs, dtype=torch.float32)[response_rows]
+        pair_rollout = torch.tensor([rollout for rollout, _ in pairs], dtype=torch.long)
+        return Pack(
+            layout=layout,
+            tokens=torch.tensor(self.tokens, dtype=torch.long),
+            targets=targets,
+            positions=torch.tensor(layout.positions, dtype=torch.long),
+            response_rows=response_rows,
+            pairs=RolloutPairs(
+                row=torch.tensor([number[row] for _, row in pairs], dtype=torch.long),
+                rollout=pair_rollout,
+                num_rollouts=len(rewards),
+                lengths=torch.bincount(pair_rollout, minlength=len(rewards)),
+            ),
+            advantages=torch.tensor(advantages, dtype=torch.float32),
+            rewards=torch.tensor(rewards, dtype=torch.float32),
+            sampler_log_probs=None if sampler.isnan().any() else sampler,
+            prefix=prefix,
+        )
+
+
+def node_rows(tree: RolloutTree, index: int) -> list[int]:
+    """Input tokens of a node's rows: shifted by one, so its parent's last token stands first. The root's last token
+    is not among the root's rows."""
+    node = tree.nodes[index]
+    before = [] if node.parent < 0 else [tree.nodes[node.parent].tokens[-1]]
+    return [*before, *node.tokens[:-1]]
+
 
 def _targets(node: TreeNode) -> list[int]:
     return list(node.tokens) if node.rollouts else [NO_TARGET] * len(node.tokens)
@@ -340,20 +393,17 @@ def _trained(node: TreeNode) -> list[int]:
     return [i for i in range(len(node.tokens)) if node.loss_mask is None or node.loss_mask[i]]
 
 
-def _add_grouped(rows: _PackRows, tree: RolloutTree, first_rollout: int) -> None:
+def _add_grouped(rows: PackRows, tree: RolloutTree, first_rollout: int) -> None:
+    rollouts = {i: first_rollout + i for i in range(len(tree.rewards))}
     segments: list[int] = []
-    for node in tree.nodes:
+    for i, node in enumerate(tree.nodes):
         if node.parent < 0:
-            inputs = list(node.tokens[:-1])
-            segments.append(rows.add_segment(-1, inputs, [NO_TARGET] * len(inputs), [float("nan")] * len(inputs)))
-            continue
-        start = len(rows.tokens)
-        inputs = [tree.nodes[node.parent].tokens[-1], *node.tokens[:-1]]
-        segments.append(rows.add_segment(segments[node.parent], inputs, _targets(node), _log_probs(node)))
-        rows.pairs += [(first_rollout + rollout, start + i) for rollout in node.rollouts for i in _trained(node)]
+            segments.append(rows.add_prompt(-1, node_rows(tree, i)))
+        else:
+            segments.append(rows.add_node(segments[node.parent], tree, i, rollouts))
 
 
-def _add_repeated(rows: _PackRows, tree: RolloutTree, first_rollout: int) -> None:
+def _add_repeated(rows: PackRows, tree: RolloutTree, first_rollout: int) -> None:
     for rollout in range(len(tree.rewards)):
         path = _path(tree, rollout)
         tokens = [token for node in path for token in node.tokens]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_prefix.layout import PrefixLayout
+from megatron_prefix.layout import AncestorRange, PartLayout, PrefixLayout
 
 Range = tuple[int, int]
 
@@ -84,26 +84,33 @@ class VarlenCall:
 
 @dataclass(frozen=True)
 class AttentionCalls:
-    """All calls of a layout: ``own`` (every row within its segment) and ``ancestors`` (one call per tree level)."""
+    """All calls of a layout: ``own`` (every row within its segment) and ``ancestors`` (one call per tree level).
+
+    ``cached`` has one call per level of ancestors whose keys are in a cache: its key rows are rows of the cache.
+    """
 
     layout: PrefixLayout
     own: VarlenCall
     ancestors: tuple[VarlenCall, ...]
+    cached: tuple[VarlenCall, ...] = ()
 
     @classmethod
     def build(cls, layout: PrefixLayout, device: torch.device) -> AttentionCalls:
         """The calls of ``layout`` with their index tensors on ``device``."""
         bounds = list(zip(layout.starts, layout.starts[1:], strict=False))
         segments = Rows.build([(start, end) for start, end in bounds if end > start], device)
-        ancestors = tuple(
-            VarlenCall(
-                q=Rows.build([(r.q_start, r.q_end) for r in level], device),
-                kv=Rows.build([(r.k_start, r.k_end) for r in level], device),
-                causal=False,
-            )
-            for level in layout.ancestor_levels
-        )
-        return cls(layout, VarlenCall(segments, segments, causal=True), ancestors)
+        ancestors = tuple(_unmasked(level, device) for level in layout.ancestor_levels)
+        cached = layout.cached_levels if isinstance(layout, PartLayout) else ()
+        calls = tuple(_unmasked(level, device) for level in cached)
+        return cls(layout, VarlenCall(segments, segments, causal=True), ancestors, calls)
+
+
+def _unmasked(ranges: Sequence[AncestorRange], device: torch.device) -> VarlenCall:
+    return VarlenCall(
+        q=Rows.build([(r.q_start, r.q_end) for r in ranges], device),
+        kv=Rows.build([(r.k_start, r.k_end) for r in ranges], device),
+        causal=False,
+    )
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:

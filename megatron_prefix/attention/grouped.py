@@ -10,6 +10,7 @@ Sources: Prefix Grouper (arXiv 2506.05433) for the split, FlashAttention for the
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,19 +58,51 @@ def prefix_grouped_attention(
     return grouped_attention(q, k, v, AttentionCalls.build(layout, q.device), scale, KERNELS[name])
 
 
+@dataclass
+class CachedKeys:
+    """Keys and values of rows that another micro-batch computed, and the sums of their gradients.
+
+    Attributes:
+        k, v: [C, Hkv, D] as `fit_kernel` makes them, without a graph.
+        sums: dk and dv, of the shape of k and v in fp32 (fp64 for fp64): every backward that reads the keys adds its
+            share in place. None before the first one.
+    """
+
+    k: Tensor
+    v: Tensor
+    sums: tuple[Tensor, Tensor] | None = None
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """The sums of gradients, 0 at first."""
+        if self.sums is None:
+            wide = torch.promote_types(self.k.dtype, torch.float32)
+            self.sums = (torch.zeros_like(self.k, dtype=wide), torch.zeros_like(self.v, dtype=wide))
+        return self.sums
+
+
 def grouped_attention(
-    q: Tensor, k: Tensor, v: Tensor, calls: AttentionCalls, softmax_scale: float, kernel: Kernel
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    calls: AttentionCalls,
+    softmax_scale: float,
+    kernel: Kernel,
+    cached: CachedKeys | None = None,
 ) -> Tensor:
     """`prefix_grouped_attention` with the calls of a micro-batch already built. Shapes must have been checked.
+
+    Args:
+        cached: keys that ``calls.cached`` reads; their gradients are added to it, not returned.
 
     Raises:
         ValueError: tensors that the kernel cannot take.
     """
+    assert cached is not None or not calls.cached, "a part without its cache"
     width_v = v.shape[-1]
     q, k, v = fit_kernel(q, k, v, kernel)
     if q.shape[0] == 0:
         return q.new_zeros(0, q.shape[1], width_v) + (q.sum() + k.sum() + v.sum())  # no rows, yet part of the graph
-    out = _GroupedAttention.apply(q, k, v, calls, softmax_scale, kernel)
+    out = _GroupedAttention.apply(q, k, v, calls, softmax_scale, kernel, cached)
     return out[..., :width_v]
 
 
@@ -128,13 +161,23 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, num_rows: int) -> None:
 class _GroupedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: AttentionCalls, softmax_scale: float, kernel: Kernel
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        calls: AttentionCalls,
+        softmax_scale: float,
+        kernel: Kernel,
+        cached: CachedKeys | None,
     ) -> Tensor:
         out, lse = kernel.forward(q, k, v, calls.own, softmax_scale)
         for call in calls.ancestors:
             merge_into(out, lse, call.q, kernel.forward(q, k, v, call, softmax_scale))
+        if cached is not None:
+            for call in calls.cached:
+                merge_into(out, lse, call.q, kernel.forward(q, cached.k, cached.v, call, softmax_scale))
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.calls, ctx.softmax_scale, ctx.kernel = calls, softmax_scale, kernel
+        ctx.calls, ctx.softmax_scale, ctx.kernel, ctx.cached = calls, softmax_scale, kernel, cached
         return out
 
     @staticmethod
@@ -147,5 +190,10 @@ class _GroupedAttention(torch.autograd.Function):
         grads = tuple(torch.zeros_like(x, dtype=total) for x in (q, k, v))
         for call in (ctx.calls.own, *ctx.calls.ancestors):
             ctx.kernel.backward(grads, dout, (q, k, v), out, lse, call, ctx.softmax_scale)
+        if ctx.cached is not None:
+            keys = ctx.cached
+            for call in ctx.calls.cached:
+                sums = (grads[0], *keys.gradients())
+                ctx.kernel.backward(sums, dout, (q, keys.k, keys.v), out, lse, call, ctx.softmax_scale)
         dq, dk, dv = (grad.to(q.dtype) for grad in grads)
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None

@@ -72,6 +72,8 @@ class PrefixCoreAttention(MegatronModule):
     ) -> Tensor:
         """query [T, 1, Hq, D], key and value [T, 1, Hkv, D] -> [T, 1, Hq * D], with T rows padding included.
 
+        The last layer of a split group's prefix only exports its keys: its output has no row.
+
         Raises:
             ValueError: no layout came with the micro-batch, an attention bias, or rows that do not fit the layout.
         """
@@ -88,8 +90,9 @@ class PrefixCoreAttention(MegatronModule):
         scale = resolve_scale(self.softmax_scale, q.shape[-1])
         layer = LayerSettings(self.layer_number, scale, resolve_impl(self.impl, q.device), self.cp_comm_type)
         out = packed.attend(q[:rows], k[:rows], v[:rows], layer)
-        out = pad(out, (0, 0, 0, 0, 0, packed.num_padded_rows - rows))
-        return out.reshape(out.shape[0], 1, -1)
+        if packed.keys_only_layer != self.layer_number:
+            out = pad(out, (0, 0, 0, 0, 0, packed.num_padded_rows - rows))
+        return out.reshape(out.shape[0], 1, out.shape[1] * out.shape[2])
 
 
 def _comm_type_of_layer(config: TransformerConfig, layer_number: int, given: str | None) -> str:

@@ -15,6 +15,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
 
 from megatron_prefix.attention import IMPLS
 from megatron_prefix.mcore.core_attention import PrefixCoreAttention
@@ -96,5 +98,25 @@ def _replace_attention(node: Any, impl: str) -> int:
     if isinstance(node, list | tuple):
         return sum(_replace_attention(item, impl) for item in node)
     if is_dataclass(node) and not isinstance(node, type):
-        return sum(_replace_attention(getattr(node, field.name), impl) for field in fields(node))
+        found = sum(_replace_attention(getattr(node, field.name), impl) for field in fields(node))
+        if found and isinstance(node, TransformerLayerSubmodules):
+            node.self_attn_bda = _without_rows(node.self_attn_bda)
+        return found
     return 0
+
+
+def _without_rows(bias_dropout_add: Any) -> Any:
+    """``bias_dropout_add`` that drops the residual where attention returned no row: the last layer of a split group's
+    prefix only exports keys, and all that follows then works on nothing."""
+
+    function = bias_dropout_add.module if isinstance(bias_dropout_add, ModuleSpec) else bias_dropout_add
+
+    def build(training: bool, fused: bool) -> Any:
+        add = function(training, fused)
+
+        def add_residual(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+            return x_with_bias[0] if x_with_bias[0].shape[0] == 0 else add(x_with_bias, residual, prob)
+
+        return add_residual
+
+    return build

@@ -77,14 +77,11 @@ def response_log_probs(
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    if pack.is_prefix:
+        raise ValueError("the prefix of a split group has no log-probs; run it by forward_backward_prefix_groups")
     inner = unwrap(model)
-    check_token_ids(pack, inner.vocab_size)
-    require_prefix_attention(inner)
     device = next(inner.parameters()).device
-    multiple = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
-    cp = _context_parallel(inner, cp_placement, cp_traffic)
-    content = zlib.crc32(pack.tokens.numpy().tobytes())
-    packed = PrefixPackedSeqParams.build(pack.layout, device, multiple_of=multiple, cp=cp, content=content)
+    packed = _packed_params(inner, pack, device, cp_placement, cp_traffic)
     hidden = _hidden_states(inner, pack, packed, device)
     if not inner.post_process:
         return hidden
@@ -104,6 +101,56 @@ def response_log_probs(
         numbers = _response_numbers(pack, packed.share)
         results = [_GatherResponses.apply(x, numbers, packed.share) for x in results[: 1 + with_entropy]]
     return (results[0], results[1]) if with_entropy else results[0]
+
+
+def prefix_hidden_states(model: torch.nn.Module, pack: Pack) -> Tensor:
+    """Run the prefix of a split group through this stage: every layer's keys go to ``pack.prefix.cache``.
+
+    Returns:
+        the stage's hidden states [T, 1, hidden]. On the last stage, where the last layer computes keys and values only,
+        an empty tensor [0, 1, hidden]; its graph is that of the keys.
+
+    Raises:
+        ValueError: as `response_log_probs`.
+    """
+    inner = unwrap(model)
+    device = next(inner.parameters()).device
+    packed = _packed_params(inner, pack, device, "dual_chunk_swap", None)
+    if inner.post_process:
+        packed.keys_only_layer = max(attention_layer_numbers(inner))
+    return _hidden_states(inner, pack, packed, device)
+
+
+def attention_layer_numbers(model: torch.nn.Module) -> list[int]:
+    """Numbers of the layers with prefix-grouped attention in this model chunk."""
+    return [module.layer_number for module in model.modules() if isinstance(module, PrefixCoreAttention)]
+
+
+def _packed_params(
+    inner: Any, pack: Pack, device: torch.device, cp_placement: str, cp_traffic: Traffic | None
+) -> PrefixPackedSeqParams:
+    """The layout of a pack for every layer, after the checks that come before any work."""
+    check_token_ids(pack, inner.vocab_size)
+    require_prefix_attention(inner)
+    if pack.prefix is not None and pack.prefix.cache is None:
+        raise ValueError(
+            "this pack is part of a split group, whose prefix has no keys here; run the step's packs by "
+            "forward_backward_prefix_groups"
+        )
+    if pack.prefix is not None and inner.config.context_parallel_size > 1:
+        raise ValueError(
+            f"split groups are not implemented under context parallelism (cp={inner.config.context_parallel_size}); "
+            "use cp=1, or a max_tokens_per_pack that fits the group"
+        )
+    packed = PrefixPackedSeqParams.build(
+        pack.layout,
+        device,
+        multiple_of=inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1,
+        cp=_context_parallel(inner, cp_placement, cp_traffic),
+        content=zlib.crc32(pack.tokens.numpy().tobytes()),
+    )
+    packed.cache = None if pack.prefix is None else pack.prefix.cache
+    return packed
 
 
 def _context_parallel(inner: Any, placement: str, traffic: Traffic | None) -> ContextParallel | None:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from megatron_prefix.attention import KERNELS, grouped_attention, kernel_named, reference_attention
 from megatron_prefix.attention.calls import AttentionCalls
+from megatron_prefix.attention.prefix_cache import PrefixCache
 from megatron_prefix.collectives import Group, Traffic, all_gather_ints, group_size
 from megatron_prefix.context_parallel.attention import CpShare, context_parallel_attention
 from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
-from megatron_prefix.layout import PrefixLayout
+from megatron_prefix.layout import PartLayout, PrefixLayout
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
         row_positions: int64 [T + padding], position of each row in its own sequence (0 in the padding).
         share: this rank's part under context parallelism, else None.
         rows: int64 on the CPU, the pack's rows that this rank owns under context parallelism, else None.
+        cache: of a split group's prefix on this stage: filled by the prefix's pack, read by those of its parts.
+        keys_only_layer: number of the layer that only exports keys (the last one of a prefix's pack), else None.
     """
 
     layout: PrefixLayout = None  # type: ignore[assignment]  # the parent's fields have defaults, so these must
@@ -109,6 +112,8 @@ class PrefixPackedSeqParams(PackedSeqParams):
     row_positions: Tensor = None  # type: ignore[assignment]
     share: CpShare | None = None
     rows: Tensor | None = None
+    cache: PrefixCache | None = None
+    keys_only_layer: int | None = None
 
     @classmethod
     def build(
@@ -181,14 +186,26 @@ class PrefixPackedSeqParams(PackedSeqParams):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerSettings) -> Tensor:
         """The attention of one layer: q [T, Hq, D], k and v [T, Hkv, D] without padding -> [T, Hq, D].
 
-        A subclass that keeps keys between micro-batches does so here, by ``layer.number``.
+        Keys of a split group's prefix are exported to ``cache``, and read from there, by ``layer.number``.
 
         Raises:
             ValueError: what the kernel or the exchange of context parallelism cannot do.
         """
+        if self.cache is not None:
+            return self._attend_split(q, k, v, layer, self.cache)
         if self.share is not None:
             kernel = kernel_named(layer.impl)
             return context_parallel_attention(q, k, v, self.share, layer.cp_comm_type, layer.softmax_scale, kernel)
         if layer.impl == "reference":
             return reference_attention(q, k, v, self.layout, layer.softmax_scale)
         return grouped_attention(q, k, v, self.calls, layer.softmax_scale, KERNELS[layer.impl])
+
+    def _attend_split(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerSettings, cache: PrefixCache) -> Tensor:
+        """A prefix's pack, whose keys leave, or a part, which reads them."""
+        kernel = KERNELS[layer.impl]
+        if isinstance(self.layout, PartLayout):
+            return grouped_attention(q, k, v, self.calls, layer.softmax_scale, kernel, cache.keys(layer.number))
+        if layer.number == self.keys_only_layer:
+            return cache.export_only(layer.number, k, v, kernel).reshape(0, q.shape[1], v.shape[2])
+        k, v = cache.export(layer.number, k, v, kernel)
+        return grouped_attention(q, k, v, self.calls, layer.softmax_scale, kernel)

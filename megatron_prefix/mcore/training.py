@@ -12,13 +12,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.loss import BatchTotals, LossConfig, add_metrics, grpo_loss_terms, summarize
 from megatron_prefix.mcore.log_probs import response_log_probs
+from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
 from megatron_prefix.packing import Pack, RolloutTree, balance_groups
 from megatron_prefix.rollouts import RolloutGroup
 
@@ -77,7 +77,8 @@ class PolicyTrainer:
     """Takes optimizer steps on packs. Every data-parallel rank calls it with its own packs, at least one each.
 
     Args:
-        model: from `build_model` with a prefix-grouped layer spec (or the repeated-prefix baseline of the same spec).
+        model: from `build_model` with a prefix-grouped layer spec (or the repeated-prefix baseline of the same spec);
+            the list of its virtual pipeline chunks with an interleaved pipeline.
         settings: optimizer and data-parallel settings.
         loss: what to optimize.
         log_probs: how log-probs are computed from (model, pack); `response_log_probs` unless a test or the plain
@@ -87,14 +88,10 @@ class PolicyTrainer:
     def __init__(
         self, model: Any, settings: TrainSettings, loss: LossConfig, *, log_probs: Callable[..., Any] | None = None
     ) -> None:
-        if model.config.params_dtype is torch.float64 and settings.clip_grad > 0:
-            raise ValueError(
-                f"clip_grad={settings.clip_grad}: megatron-core clips fp32 gradients only; set it to 0 for fp64"
-            )
-        if model.config.params_dtype is torch.float64 and settings.distributed_optimizer:
-            raise ValueError(
-                "distributed_optimizer=True: megatron-core's takes no fp64 model; set distributed_optimizer=False"
-            )
+        chunks = model if isinstance(model, list) else [model]
+        self.config = chunks[0].config
+        self.dtype = self.config.params_dtype
+        _refuse_fp64(self.dtype, settings)
         self.settings, self.loss = settings, loss
         self.log_probs_fn: Callable[..., Any] = log_probs or partial(
             response_log_probs,
@@ -103,52 +100,58 @@ class PolicyTrainer:
             cp_placement=settings.cp_placement,
         )
         self.dp_group = parallel_state.get_data_parallel_group()
+        self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         # Gradients are summed over context-parallel ranks. A model that computes whole sequences on each (the plain
         # oracle) counts as a share.
-        self.share = model.config.context_parallel_size / parallel_state.get_context_parallel_world_size()
-        self.config = model.config
-        self.dtype = model.config.params_dtype
-        if model.config.bf16:
-            model = Float16Module(model.config, model)
+        self.share = self.config.context_parallel_size / parallel_state.get_context_parallel_world_size()
         # With this setting megatron-core sums gradients over ranks and micro-batches and scales nothing: the loss is
         # already this micro-batch's share of the mean over the global batch.
-        model.config.calculate_per_token_loss = True
-        self.model = DistributedDataParallel(
-            config=model.config,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=model.config.bf16,
-                overlap_grad_reduce=settings.overlap_grad_reduce,
-                use_distributed_optimizer=settings.distributed_optimizer,
-            ),
-            module=model,
-        )
-        self.model.broadcast_params()
+        for chunk in chunks:
+            chunk.config.calculate_per_token_loss = True
+        self.chunks = [_data_parallel(chunk, i, settings) for i, chunk in enumerate(chunks)]
+        for chunk in self.chunks:
+            chunk.broadcast_params()
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer=settings.optimizer,
                 lr=settings.learning_rate,
                 weight_decay=settings.weight_decay,
                 clip_grad=settings.clip_grad,
-                bf16=model.config.bf16,
+                bf16=self.config.bf16,
                 params_dtype=self.dtype,
                 use_distributed_optimizer=settings.distributed_optimizer,
                 sgd_momentum=0.0,
             ),
-            [self.model],
+            self.chunks,
         )
         for group in self.optimizer.param_groups:
             group["max_lr"] = None  # for a scheduler; 0.19 would find a checkpoint's groups by it, at this rate only
         self.config.finalize_model_grads_func = _finalize
         self.config.grad_scale_func = self.optimizer.scale_loss
-        self.config.no_sync_func = self.model.no_sync
+        no_sync = [chunk.no_sync for chunk in self.chunks]
+        self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    @torch.no_grad()
+    @property
+    def model(self) -> Any:
+        """The wrapped model, or the list of its virtual pipeline chunks."""
+        return self.chunks if len(self.chunks) > 1 else self.chunks[0]
+
     def log_probs(self, pack: Pack) -> Tensor:
         """Response log-probs of the policy as it is, on the CPU: old (or, before any step, reference) log-probs."""
-        self.model.eval()
-        result = self.log_probs_fn(self.model, pack)
-        self.model.train()
-        return result.cpu()
+        return self.log_probs_of([pack])[0]
+
+    @torch.no_grad()
+    def log_probs_of(self, packs: Sequence[Pack]) -> list[Tensor]:
+        """`log_probs` of each pack, those of split groups included (a prefix has none: an empty tensor)."""
+        for chunk in self.chunks:
+            chunk.eval()
+        found = self._schedule(packs, self._forward_log_probs, forward_only=True, collect_non_loss_data=True)
+        for chunk in self.chunks:
+            chunk.train()
+        # The last stage has them.
+        found = all_gather_object([x.cpu() for x in found], self.pp_group)[-1]
+        results = iter(found)
+        return [torch.zeros(0) if pack.is_prefix else next(results) for pack in packs]
 
     def step(self, inputs: Sequence[StepInput]) -> dict[str, float]:
         """Forward and backward over this rank's micro-batches and one optimizer step.
@@ -178,18 +181,13 @@ class PolicyTrainer:
                 "this data-parallel rank has no micro-batch; give every rank at least one group, or use fewer ranks"
             )
         totals = self._global_totals(inputs)
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, totals),
-            data_iterator=iter(inputs),
-            model=[self.model],
-            num_microbatches=len(inputs),
-            seq_length=1,  # shapes come from the packs
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        outputs = self._schedule(inputs, partial(self._forward_step, totals))
+        mine = [({name: x.cpu() for name, x in metrics.items()}, terms.cpu()) for metrics, terms in outputs]
+        outputs = all_gather_object(mine, self.pp_group)[-1]  # only the last stage has a loss
         metrics, terms = zip(*outputs, strict=True)
         return self._summarize(metrics), torch.cat(terms)
 
@@ -199,8 +197,31 @@ class PolicyTrainer:
         return [groups[i] for i in share]
 
     def named_gradients(self) -> dict[str, Tensor]:
-        """Gradients after `gradients`, by parameter name (not available with the distributed optimizer's shards)."""
-        return {name.removeprefix("module."): param.main_grad for name, param in self.model.module.named_parameters()}
+        """Gradients after `gradients`, by parameter name (not available with the distributed optimizer's shards).
+
+        With virtual pipeline chunks, names start with the chunk's number.
+        """
+        return {
+            f"{i}." * (len(self.chunks) > 1) + name.removeprefix("module."): param.main_grad
+            for i, chunk in enumerate(self.chunks)
+            for name, param in chunk.module.named_parameters()
+        }
+
+    def _schedule(self, inputs: Sequence[Any], forward_step: Callable[..., Any], **settings: Any) -> list[Any]:
+        """Run micro-batches forward (and backward) through all stages; results of the last stage, else none."""
+        iterators = [iter(inputs) for _ in self.chunks]
+        return forward_backward_prefix_groups(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=len(inputs),
+            seq_length=1,  # shapes come from the packs
+            micro_batch_size=1,
+            **settings,
+        )
+
+    def _forward_log_probs(self, iterator: Iterator[Pack], model: Any) -> tuple[Tensor, Any]:
+        return self.log_probs_fn(model, next(iterator)), lambda output, non_loss_data: output
 
     def _forward_step(self, totals: BatchTotals, iterator: Iterator[StepInput], model: Any) -> tuple[Tensor, Any]:
         batch = next(iterator)
@@ -239,8 +260,35 @@ class PolicyTrainer:
         return BatchTotals(*(sum(column) for column in zip(*shares, strict=True)))
 
     def _summarize(self, per_pack: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-        mine = {name: value.cpu() for name, value in _add_all(per_pack).items()}
-        return summarize(_add_all(all_gather_object(mine, self.dp_group)))
+        return summarize(_add_all(all_gather_object(_add_all(per_pack), self.dp_group)))
+
+
+def _refuse_fp64(dtype: torch.dtype, settings: TrainSettings) -> None:
+    if dtype is torch.float64 and settings.clip_grad > 0:
+        raise ValueError(
+            f"clip_grad={settings.clip_grad}: megatron-core clips fp32 gradients only; set it to 0 for fp64"
+        )
+    if dtype is torch.float64 and settings.distributed_optimizer:
+        raise ValueError(
+            "distributed_optimizer=True: megatron-core's takes no fp64 model; set distributed_optimizer=False"
+        )
+
+
+def _data_parallel(chunk: Any, index: int, settings: TrainSettings) -> DistributedDataParallel:
+    """One model chunk in megatron-core's wrappers."""
+    if chunk.config.bf16:
+        chunk = Float16Module(chunk.config, chunk)
+    return DistributedDataParallel(
+        config=chunk.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=chunk.config.bf16,
+            overlap_grad_reduce=settings.overlap_grad_reduce,
+            use_distributed_optimizer=settings.distributed_optimizer,
+        ),
+        module=chunk,
+        # As Megatron-LM: later chunks' gradients are ready first, there is nothing to overlap them with in buckets.
+        disable_bucketing=index > 0,
+    )
 
 
 def _add_all(metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
