@@ -1,7 +1,8 @@
 """Groups larger than a micro-batch: the prefix once, the responses in parts that read its keys.
 
-A split group becomes one pack of its prefix (rows without targets) and several packs of response subtrees (`PartLayout`).
-In a tree the prefix is every node whose subtree does not fit a micro-batch, so children may be spread at any level.
+A split group becomes one pack of its prefix (rows without targets) and several packs of response subtrees
+(`PartLayout`). In a tree the prefix is every node whose subtree does not fit a micro-batch, so children may be spread
+at any level.
 Plain Python on lengths and tokens: every rank and pipeline stage builds the same packs without communication.
 """
 
@@ -73,7 +74,7 @@ def _cut(tree: RolloutTree, limit: int, name: str) -> tuple[list[int], list[list
     """Nodes of the prefix, and of each part."""
     below = _subtree_rows(tree)
     prefix = [i for i in range(len(tree.nodes)) if below[i] > limit]
-    leaves = {i for i in range(len(tree.nodes))} - {node.parent for node in tree.nodes}
+    leaves = set(range(len(tree.nodes))) - {node.parent for node in tree.nodes}
     for i in prefix:
         node = tree.nodes[i]
         if i in leaves:

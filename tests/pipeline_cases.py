@@ -1,8 +1,8 @@
 """What the pipeline and split-group tests run on every rank of run_distributed.
 
-The oracle is plain megatron-core on repeated prefixes, one process and one stage. It leaves three checkpoints: its weights
-at the start, its gradients (stored as if they were weights), and its weights after some optimizer steps. Checkpoints load
-at any parallel sizes, so every rank compares its own shards.
+The oracle is plain megatron-core on repeated prefixes, one process and one stage. It leaves three checkpoints: its
+weights at the start, its gradients (stored as if they were weights), and its weights after some optimizer steps.
+Checkpoints load at any parallel sizes, so every rank compares its own shards.
 """
 
 import random
@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_prefix import LossConfig, Pack, RolloutGroup, RolloutTree, TreeNode, pack_groups
+from megatron_prefix import LossConfig, Pack, RolloutGroup, RolloutTree, TreeNode
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
@@ -171,7 +171,8 @@ def compare(rank: int, world_size: int, case: Case, folder: Path) -> dict[str, f
         trainer.step(inputs)
     load_checkpoint(folder / "end", expected, config=config)
     found["parameters"] = _worst(
-        [p for chunk in trainer.chunks for p in chunk.parameters()], [p for chunk in expected for p in chunk.parameters()]
+        [p for chunk in trainer.chunks for p in chunk.parameters()],
+        [p for chunk in expected for p in chunk.parameters()],
     )
     assert all(pack.prefix is None or pack.prefix.cache is None for pack in packs)
     return found

@@ -1,9 +1,9 @@
 """The keys and values of a prefix whose responses are in other micro-batches, and the way back of their gradients.
 
-While the prefix is encoded, each layer's K and V leave through `PrefixCache.export`. Response micro-batches read them and
-add to the sums of dK and dV (`CachedKeys`); nothing of their graphs touches the prefix's. When all have run, the prefix's
-own backward passes the exports again, which add the sums to the gradients that come from the prefix itself. That also
-holds under activation recompute, where K and V inside a checkpointed layer belong to no outer graph.
+While the prefix is encoded, each layer's K and V leave through `PrefixCache.export`. Response micro-batches read them
+and add to the sums of dK and dV (`CachedKeys`); nothing of their graphs touches the prefix's. When all have run, the
+prefix's own backward passes the exports again, which add the sums to the gradients that come from the prefix itself.
+That also holds under activation recompute, where K and V inside a checkpointed layer belong to no outer graph.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def _packed_params(
         cp=_context_parallel(inner, cp_placement, cp_traffic),
         content=zlib.crc32(pack.tokens.numpy().tobytes()),
     )
-    packed.cache = None if pack.prefix is None else pack.prefix.cache
+    packed.prefix_cache = None if pack.prefix is None else pack.prefix.cache
     return packed
 
 

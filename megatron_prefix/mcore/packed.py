@@ -103,7 +103,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
         row_positions: int64 [T + padding], position of each row in its own sequence (0 in the padding).
         share: this rank's part under context parallelism, else None.
         rows: int64 on the CPU, the pack's rows that this rank owns under context parallelism, else None.
-        cache: of a split group's prefix on this stage: filled by the prefix's pack, read by those of its parts.
+        prefix_cache: of a split group's prefix on this stage: filled by the prefix's pack, read by those of its parts.
         keys_only_layer: number of the layer that only exports keys (the last one of a prefix's pack), else None.
     """
 
@@ -112,7 +112,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
     row_positions: Tensor = None  # type: ignore[assignment]
     share: CpShare | None = None
     rows: Tensor | None = None
-    cache: PrefixCache | None = None
+    prefix_cache: PrefixCache | None = None
     keys_only_layer: int | None = None
 
     @classmethod
@@ -186,13 +186,13 @@ class PrefixPackedSeqParams(PackedSeqParams):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerSettings) -> Tensor:
         """The attention of one layer: q [T, Hq, D], k and v [T, Hkv, D] without padding -> [T, Hq, D].
 
-        Keys of a split group's prefix are exported to ``cache``, and read from there, by ``layer.number``.
+        Keys of a split group's prefix are exported to ``prefix_cache``, and read from there, by ``layer.number``.
 
         Raises:
             ValueError: what the kernel or the exchange of context parallelism cannot do.
         """
-        if self.cache is not None:
-            return self._attend_split(q, k, v, layer, self.cache)
+        if self.prefix_cache is not None:
+            return self._attend_split(q, k, v, layer, self.prefix_cache)
         if self.share is not None:
             kernel = kernel_named(layer.impl)
             return context_parallel_attention(q, k, v, self.share, layer.cp_comm_type, layer.softmax_scale, kernel)

@@ -14,7 +14,7 @@ finalize_model_grads are theirs. Source: Prefix Grouper (arXiv 2506.05433) for t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -130,7 +130,9 @@ def _jobs(items: list[Any], forward_only: bool) -> list[_Job]:
                 raise ValueError(f"micro-batch {i} is a prefix that came before; give every prefix once a step")
             begins[key] = _Job("A", item)
         elif key not in begins:
-            raise ValueError(f"micro-batch {i} is a part whose prefix does not stand before it; keep pack_and_split's order")
+            raise ValueError(
+                f"micro-batch {i} is a part without its prefix before it; keep the order of pack_and_split"
+            )
         else:
             last_part[key] = i
     for key, begin in begins.items():
@@ -163,13 +165,13 @@ def _check_stages(jobs: list[_Job]) -> None:
         same = zip(theirs, stages[0], strict=False)
         first = next((i for i, (a, b) in enumerate(same) if a != b), min(len(theirs), len(stages[0])))
         raise ValueError(
-            f"pipeline stages 0 and {stage} have different micro-batches: of {len(stages[0])} and {len(theirs)}, number "
-            f"{first} is the first that differs; build the same packs in the same order on every stage"
+            f"pipeline stages 0 and {stage} have different micro-batches: of {len(stages[0])} and {len(theirs)}, "
+            f"number {first} is the first that differs; build the same packs in the same order on every stage"
         )
 
 
 def _idle_jobs(count: int, config: Any) -> int:
-    """How many micro-batches an interleaved pipeline needs beside ``count``: megatron-core takes no short last group."""
+    """How many micro-batches an interleaved pipeline needs beside ``count``: its last group must not be short."""
     if config.virtual_pipeline_model_parallel_size is None:
         return 0
     stages = config.pipeline_model_parallel_size
@@ -227,10 +229,8 @@ def _output_like(job: _Job, inner: Any) -> Tensor:
     """An unused stage output: of the shape of the prefix's for C, of as few rows as there can be for an idle one."""
     if job.begin is not None and job.begin.graph is not None:
         return torch.zeros_like(job.begin.graph[1])
-    parameter = next(inner.parameters())
-    config = inner.config
-    rows = 1  # per rank; under sequence parallelism each rank holds its own
-    return torch.zeros(rows, 1, config.hidden_size, dtype=config.pipeline_dtype or parameter.dtype, device=parameter.device)
+    like = next(inner.parameters())
+    return like.new_zeros(1, 1, inner.config.hidden_size, dtype=inner.config.pipeline_dtype or like.dtype)
 
 
 def _cache_of(job: _Job) -> PrefixCache:
