@@ -166,7 +166,16 @@ def test_only_the_attention_of_a_spec_changes_and_the_original_stays() -> None:
     assert attention.submodules.core_attention.keywords == {"impl": "sdpa"}
     attention.module = SelfAttention
     attention.submodules.core_attention = original.submodules.self_attention.submodules.core_attention
+    made.submodules.self_attn_bda = original.submodules.self_attn_bda
     assert repr(made) == before
+
+
+def test_a_layer_without_rows_of_attention_drops_its_residual_and_others_keep_it() -> None:
+    build = with_prefix_attention(get_gpt_layer_local_spec()).submodules.self_attn_bda
+    add = build(True, False)
+    residual = torch.randn(5, 1, 4)
+    assert add((residual.new_empty(0, 1, 4), None), residual, 0.0).shape == (0, 1, 4)
+    assert torch.equal(add((torch.ones(5, 1, 4), None), residual, 0.0), residual + 1)
 
 
 def test_a_prefix_spec_may_be_made_again_with_another_impl() -> None:

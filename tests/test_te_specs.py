@@ -41,6 +41,7 @@ def test_only_attention_differs_from_megatron_cores_own_spec(found: dict[str, An
     assert found["changed"][name] == {
         f"{attention}.module": ["SelfAttention", "PrefixSelfAttention"],
         f"{attention}.submodules.core_attention": ["TEDotProductAttention", "PrefixCoreAttention () {'impl': 'auto'}"],
+        "submodules.self_attn_bda": ["get_bias_dropout_add", "_residual_add.<locals>.build"],
     }
 
 

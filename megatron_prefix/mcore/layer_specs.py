@@ -100,12 +100,12 @@ def _replace_attention(node: Any, impl: str) -> int:
     if is_dataclass(node) and not isinstance(node, type):
         found = sum(_replace_attention(getattr(node, field.name), impl) for field in fields(node))
         if found and isinstance(node, TransformerLayerSubmodules):
-            node.self_attn_bda = _without_rows(node.self_attn_bda)
+            node.self_attn_bda = _residual_add(node.self_attn_bda)
         return found
     return 0
 
 
-def _without_rows(bias_dropout_add: Any) -> Any:
+def _residual_add(bias_dropout_add: Any) -> Any:
     """``bias_dropout_add`` that drops the residual where attention returned no row: the last layer of a split group's
     prefix only exports keys, and all that follows then works on nothing."""
 
