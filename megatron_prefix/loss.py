@@ -213,7 +213,7 @@ def grpo_loss_terms(
     with torch.no_grad():
         metrics = {
             "pairs": torch.full((), len(rows), dtype=torch.float64, device=log_probs.device),
-            "rollouts": torch.full((), pairs.num_rollouts, dtype=torch.float64, device=log_probs.device),
+            "rollouts": torch.full((), pairs.totals.rollouts, dtype=torch.float64, device=log_probs.device),
             "nonfinite": _sum(~torch.isfinite(log_ratio)),
             "advantage": _sum(advantage),
             "ratio": _sum(ratio),
@@ -311,6 +311,11 @@ def _is_number(value: object) -> bool:
 def _check_inputs(log_probs: Tensor, pairs: RolloutPairs, totals: BatchTotals, config: LossConfig) -> None:
     if log_probs.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"log_probs must be float32 (or float64), got {log_probs.dtype}; compute log-probs in float32")
+    if config.ratio == "sequence" and pairs.counted is not None:
+        raise ValueError(
+            "ratio 'sequence' needs every rollout whole in one pack, but a tree was split below trained tokens; raise "
+            "max_tokens_per_pack, or use ratio 'token'"
+        )
     if pairs.row.device != log_probs.device:
         raise ValueError(f"pairs are on {pairs.row.device} but log_probs on {log_probs.device}; use pairs.to(device)")
     if totals.tokens < pairs.totals.tokens or totals.rollouts < pairs.totals.rollouts:

@@ -163,7 +163,7 @@ class Pack:
 
     @property
     def is_prefix(self) -> bool:
-        """Whether this is the prefix of a split group: rows without targets, whose keys the parts read."""
+        """Whether this is the prefix of a split group: rows whose keys the parts read, without targets in a group."""
         return self.prefix is not None and not isinstance(self.layout, PartLayout)
 
     @property
@@ -336,7 +336,8 @@ class PackRows:
         """Append a node below the root with its pairs; ``rollouts`` numbers those of the tree in the pack."""
         node = tree.nodes[index]
         start = len(self.tokens)
-        self.pairs += [(rollouts[rollout], start + i) for rollout in node.rollouts for i in _trained(node)]
+        trained = _trained(node)
+        self.pairs += [(rollouts[rollout], start + i) for rollout in node.rollouts for i in trained]
         return self.add_segment(parent, node_rows(tree, index), _targets(node), _log_probs(node))
 
     def pack(
@@ -345,14 +346,20 @@ class PackRows:
         advantages: Sequence[float],
         rewards: Sequence[float],
         prefix: SharedPrefix | None = None,
+        lengths: Sequence[int] | None = None,
+        counted: int | None = None,
     ) -> Pack:
-        """The pack of these rows, with one advantage and reward per rollout."""
+        """The pack of these rows, with one advantage and reward per rollout.
+
+        ``lengths`` and ``counted`` are those of `RolloutPairs`, where rollouts are not whole in the pack.
+        """
         targets = torch.tensor(self.targets, dtype=torch.long)
         response_rows = torch.nonzero(targets != NO_TARGET).flatten()
         number = {row: n for n, row in enumerate(response_rows.tolist())}
         pairs = sorted(self.pairs)
         sampler = torch.tensor(self.sampler_log_probs, dtype=torch.float32)[response_rows]
         pair_rollout = torch.tensor([rollout for rollout, _ in pairs], dtype=torch.long)
+        whole = torch.bincount(pair_rollout, minlength=len(rewards))
         return Pack(
             layout=layout,
             tokens=torch.tensor(self.tokens, dtype=torch.long),
@@ -363,7 +370,8 @@ class PackRows:
                 row=torch.tensor([number[row] for _, row in pairs], dtype=torch.long),
                 rollout=pair_rollout,
                 num_rollouts=len(rewards),
-                lengths=torch.bincount(pair_rollout, minlength=len(rewards)),
+                lengths=whole if lengths is None else torch.tensor(lengths, dtype=torch.long),
+                counted=counted,
             ),
             advantages=torch.tensor(advantages, dtype=torch.float32),
             rewards=torch.tensor(rewards, dtype=torch.float32),

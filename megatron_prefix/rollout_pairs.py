@@ -41,13 +41,16 @@ class BatchTotals:
 class RolloutPairs:
     """Which trained row of a pack belongs to which rollout. Build it on the host; ``to`` uploads it.
 
-    A rollout is whole in its pack: all its trained rows are there, so ``lengths`` counts its pairs.
+    A rollout is whole in its pack: all its trained rows are there, so ``lengths`` counts its pairs. Only in a split tree
+    (see `splitting`) may others be in another pack of the step.
 
     Args:
         row: int64 [M], index of a row among the pack's N log-probs. Rows that are not trained stand in no pair.
         rollout: int64 [M], number of the rollout in the pack, from 0.
         num_rollouts: R.
         lengths: int64 [R], trained tokens of every rollout, at least 1.
+        counted: how many of the rollouts this pack counts in the batch's totals, where some have trained rows in other
+            packs too; None where all are whole, and counted.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; for CPU tensors also values (a rollout out of range, a
@@ -58,6 +61,7 @@ class RolloutPairs:
     rollout: Tensor
     num_rollouts: int
     lengths: Tensor
+    counted: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("row", "rollout", "lengths"):
@@ -87,7 +91,8 @@ class RolloutPairs:
         if int(self.row.min()) < 0:
             raise ValueError(f"row must be 0 or more, got {int(self.row.min())}")
         counts = torch.bincount(self.rollout, minlength=self.num_rollouts)
-        wrong = torch.nonzero((counts != self.lengths) | (counts == 0)).flatten().tolist()
+        unequal = counts != self.lengths if self.counted is None else counts > self.lengths
+        wrong = torch.nonzero(unequal | (counts == 0)).flatten().tolist()
         if wrong:
             raise ValueError(
                 f"rollout {wrong[0]} has {int(counts[wrong[0]])} pairs but length {int(self.lengths[wrong[0]])}; "
@@ -125,9 +130,9 @@ class RolloutPairs:
     @property
     def totals(self) -> BatchTotals:
         """This pack's part of the global batch's totals."""
-        return BatchTotals(len(self.row), self.num_rollouts)
+        return BatchTotals(len(self.row), self.num_rollouts if self.counted is None else self.counted)
 
     def to(self, device: torch.device | str) -> RolloutPairs:
         """The same pairs on ``device``."""
         move = [tensor.to(device, non_blocking=True) for tensor in (self.row, self.rollout, self.lengths)]
-        return RolloutPairs(move[0], move[1], self.num_rollouts, move[2])
+        return RolloutPairs(move[0], move[1], self.num_rollouts, move[2], self.counted)

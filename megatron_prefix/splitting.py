@@ -8,6 +8,7 @@ Plain Python on lengths and tokens: every rank and pipeline stage builds the sam
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from megatron_prefix.layout import PartLayout, PrefixLayout
@@ -33,8 +34,7 @@ def pack_and_split(
     Each split group is its prefix's pack, directly followed by its parts; whole groups come last.
 
     Raises:
-        ValueError: no groups, a limit below 1, a response or a prefix that is itself over the limit, or a tree whose
-            inner nodes are trained and do not fit a micro-batch.
+        ValueError: no groups, a limit below 1, or a response or a prefix that is itself over the limit.
     """
     if not groups:
         raise ValueError("there is nothing to pack: no rollout groups were given")
@@ -55,19 +55,10 @@ def pack_and_split(
 
 def _split(tree: RolloutTree, limit: int, normalize_std: bool, name: str) -> list[Pack]:
     prefix, parts = _cut(tree, limit, name)
-    rows = PackRows()
-    segments: dict[int, int] = {}
-    for i in prefix:
-        segments[i] = rows.add_prompt(segments.get(tree.nodes[i].parent, -1), node_rows(tree, i))
-    layout = PrefixLayout(rows.lengths, rows.parents)
-    advantages = group_advantages(tree.rewards, normalize_std=normalize_std)
-    if not layout.num_rows:  # a prompt of one token shares no row
-        return [_part(tree, prefix, layout, nodes, advantages, None) for nodes in parts]
-    shared = SharedPrefix(layout.num_rows)
-    return [
-        rows.pack(layout, [], [], shared),
-        *(_part(tree, prefix, layout, nodes, advantages, shared) for nodes in parts),
-    ]
+    builder = _Builder(tree, prefix, parts, group_advantages(tree.rewards, normalize_std=normalize_std))
+    packs = [builder.part(n) for n in range(len(parts))]
+    # A prompt of one token shares no row, and its parts then stand alone.
+    return [builder.prefix_pack(), *packs] if builder.cached.num_rows else packs
 
 
 def _cut(tree: RolloutTree, limit: int, name: str) -> tuple[list[int], list[list[int]]]:
@@ -81,11 +72,6 @@ def _cut(tree: RolloutTree, limit: int, name: str) -> tuple[list[int], list[list
             raise ValueError(
                 f"group {name}: node {i} has {len(node.tokens)} tokens, max_tokens_per_pack is {limit}; raise it to at "
                 f"least {len(node.tokens)}, or cut the response"
-            )
-        if node.rollouts:
-            raise ValueError(
-                f"group {name}: node {i} is trained and its subtree of {below[i]} rows is larger than "
-                f"max_tokens_per_pack {limit}; splitting below trained tokens is not implemented, raise the limit"
             )
     shared = sum(len(node_rows(tree, i)) for i in prefix)
     if shared > limit:
@@ -118,28 +104,80 @@ def _subtree_rows(tree: RolloutTree) -> list[int]:
     return rows
 
 
-def _part(
-    tree: RolloutTree,
-    prefix: list[int],
-    cached: PrefixLayout,
-    nodes: list[int],
-    advantages: list[float],
-    shared: SharedPrefix | None,
-) -> Pack:
-    """The pack of some subtrees; ``cached`` is the layout of the prefix's pack, whose segments are ``prefix``."""
-    members = sorted({rollout for i in nodes for rollout in tree.nodes[i].rollouts})
-    numbers = {rollout: n for n, rollout in enumerate(members)}
-    position = {i: s for s, i in enumerate(prefix)}
-    rows = PackRows()
-    segments: dict[int, int] = {-1: -1}
-    lengths, starts = [], []
-    for i in sorted([*prefix, *nodes]):
-        parent = segments[tree.nodes[i].parent]
-        if i in position:
-            segments[i] = rows.add_prompt(parent, [])
-        else:
-            segments[i] = rows.add_node(parent, tree, i, numbers)
-        lengths.append(cached.lengths[position[i]] if i in position else 0)
-        starts.append(cached.starts[position[i]] if i in position else 0)
-    layout = PartLayout(rows.lengths, rows.parents, lengths, starts)
-    return rows.pack(layout, [advantages[r] for r in members], [tree.rewards[r] for r in members], shared)
+class _Builder:
+    """Builds the packs of one split tree. In a tree, a rollout's trained tokens may be in the prefix and in one part."""
+
+    def __init__(self, tree: RolloutTree, prefix: list[int], parts: list[list[int]], advantages: list[float]) -> None:
+        self.tree, self.prefix, self.parts, self.advantages = tree, prefix, parts, advantages
+        position = {i: s for s, i in enumerate(prefix)}
+        self.position = position
+        self.cached = PrefixLayout(
+            [len(node_rows(tree, i)) for i in prefix], [position.get(tree.nodes[i].parent, -1) for i in prefix]
+        )
+        self.shared = SharedPrefix(self.cached.num_rows) if self.cached.num_rows else None
+        self.trained = [self._trained(nodes) for nodes in (prefix, *parts)]
+        self.lengths = [sum(counts.get(r, 0) for counts in self.trained) for r in range(len(tree.rewards))]
+        # Where a rollout is counted in the batch: the last pack with trained tokens of it.
+        self.home = {rollout: n for n, counts in enumerate(self.trained) for rollout in counts}
+
+    def _trained(self, nodes: list[int]) -> dict[int, int]:
+        """Trained tokens of every rollout that has some in these nodes."""
+        counts: Counter[int] = Counter()
+        for node in (self.tree.nodes[i] for i in nodes):
+            kept = len(node.tokens) if node.loss_mask is None else sum(map(bool, node.loss_mask))
+            if kept:
+                counts.update(dict.fromkeys(node.rollouts, kept))
+        return dict(counts)
+
+    def prefix_pack(self) -> Pack:
+        """The rows of the prefix, whose keys the parts read."""
+        rows = PackRows()
+        numbers = self._numbers(0)
+        for i in self.prefix:
+            parent = self.position.get(self.tree.nodes[i].parent, -1)
+            if self.tree.nodes[i].rollouts:
+                rows.add_node(parent, self.tree, i, numbers)
+            else:
+                rows.add_prompt(parent, node_rows(self.tree, i))
+        return self._pack(rows, self.cached, 0)
+
+    def part(self, number: int) -> Pack:
+        """Part ``number``: its nodes, below those of the prefix that they descend from."""
+        nodes = self.parts[number]
+        above = {i for node in nodes for i in self._ancestors(node)} & self.position.keys()
+        rows = PackRows()
+        numbers = self._numbers(number + 1)
+        segments: dict[int, int] = {-1: -1}
+        lengths, starts = [], []
+        for i in sorted([*above, *nodes]):
+            parent = segments[self.tree.nodes[i].parent]
+            if i in above:
+                segments[i] = rows.add_prompt(parent, [])
+            else:
+                segments[i] = rows.add_node(parent, self.tree, i, numbers)
+            lengths.append(self.cached.lengths[self.position[i]] if i in above else 0)
+            starts.append(self.cached.starts[self.position[i]] if i in above else 0)
+        return self._pack(rows, PartLayout(rows.lengths, rows.parents, lengths, starts), number + 1)
+
+    def _ancestors(self, node: int) -> list[int]:
+        found = []
+        while (node := self.tree.nodes[node].parent) >= 0:
+            found.append(node)
+        return found
+
+    def _numbers(self, pack: int) -> dict[int, int]:
+        """Number in the pack of each rollout that is trained there."""
+        return {rollout: n for n, rollout in enumerate(sorted(self.trained[pack]))}
+
+    def _pack(self, rows: PackRows, layout: PrefixLayout, pack: int) -> Pack:
+        members = sorted(self.trained[pack])
+        lengths = [self.lengths[r] for r in members]
+        whole = lengths == [self.trained[pack][r] for r in members]
+        return rows.pack(
+            layout,
+            [self.advantages[r] for r in members],
+            [self.tree.rewards[r] for r in members],
+            self.shared,
+            lengths,
+            None if whole else sum(self.home[r] == pack for r in members),
+        )

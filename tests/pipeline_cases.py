@@ -43,6 +43,7 @@ class Case:
     dp: int = 1
     recompute: str = "none"
     limit: int = 16
+    prefix_activations: str = "keep"
     tied: bool = False
     overlap: bool = False
     distributed_optimizer: bool = False
@@ -75,11 +76,12 @@ def batch() -> list[RolloutGroup | RolloutTree]:
             TreeNode(ids(9), 1, (0,)),
             TreeNode(ids(3), 1, (1,)),
             TreeNode(ids(8), 1, (2,)),
-            TreeNode(ids(3), 0, (3,)),  # trained, with a tool's output behind it
-            TreeNode(ids(2), 5),
-            TreeNode(ids(2), 6, (3,)),
+            TreeNode(ids(3), 0, (3, 4, 5)),  # trained by three rollouts, one of which ends here
+            TreeNode(ids(2), 5),  # a tool's output
+            TreeNode(ids(7), 6, (3,)),
+            TreeNode(ids(8), 6, (4,)),
         ),
-        (1.0, 0.0, 0.5, 0.2),
+        (1.0, 0.0, 0.5, 0.2, 0.9, 0.4),
     )
     return [group(11, 3, 5, 1, 2, 7, 6, 4), group(3, 2, 2), tree, group(9, 8, 8, 1, 1, 3), group(1, 9, 9), group(4, 3)]
 
@@ -101,6 +103,7 @@ def settings_of(case: Case) -> TrainSettings:
         chunk_rows=7,
         overlap_grad_reduce=case.overlap,
         distributed_optimizer=case.distributed_optimizer,
+        prefix_activations=case.prefix_activations,
     )
 
 

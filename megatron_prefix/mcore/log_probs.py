@@ -77,8 +77,6 @@ def response_log_probs(
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    if pack.is_prefix:
-        raise ValueError("the prefix of a split group has no log-probs; run it by forward_backward_prefix_groups")
     inner = unwrap(model)
     device = next(inner.parameters()).device
     packed = _packed_params(inner, pack, device, cp_placement, cp_traffic)

@@ -13,6 +13,7 @@ finalize_model_grads are theirs. Source: Prefix Grouper (arXiv 2506.05433) for t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,8 @@ from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.mcore.log_probs import attention_layer_numbers, prefix_hidden_states, unwrap
 from megatron_prefix.packing import Pack
 
+PREFIX_ACTIVATIONS = ("keep", "recompute", "offload")
+
 _NOTHING = object()
 """What micro-batches without a loss leave among megatron-core's results."""
 
@@ -40,19 +43,29 @@ def forward_backward_prefix_groups(
     model: Any,
     num_microbatches: int,
     forward_only: bool = False,
+    prefix_activations: str = "keep",
     **settings: Any,
 ) -> list[Any]:
     """megatron-core's forward_backward_func for steps whose prefix groups may be split over micro-batches.
 
     Arguments and result are those of the function that ``get_forward_backward_func()`` returns. What ``data_iterator``
     yields must be packs, or have their pack as ``.pack``, in the order of `pack_and_split`: a prefix before its parts.
-    ``num_microbatches`` counts them all; ``forward_step_func`` is called for those with responses. A loss that
+    ``num_microbatches`` counts them all; ``forward_step_func`` is called for those with targets. A loss that
     megatron-core averages over micro-batches is averaged over these.
+
+    Args:
+        prefix_activations: what becomes of a prefix's activations until its backward, beyond keys and values: "keep"
+            (under the model's own recompute setting), "recompute" (the stage's input is kept, its forward runs again)
+            or "offload" (to host memory).
 
     Raises:
         ValueError: a part whose prefix does not stand before it, a prefix without parts, no micro-batch with responses,
             or pipeline stages with different micro-batches (on every stage, naming the first that differs).
     """
+    if prefix_activations not in PREFIX_ACTIVATIONS:
+        raise ValueError(
+            f"prefix_activations must be one of {', '.join(PREFIX_ACTIVATIONS)}, got {prefix_activations!r}"
+        )
     chunks = model if isinstance(model, list) else [model]
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
     queues = [_jobs([next(iterator) for _ in range(num_microbatches)], forward_only) for iterator in iterators]
@@ -61,6 +74,8 @@ def forward_backward_prefix_groups(
     config = unwrap(chunks[0]).config  # the one that megatron-core's schedules read
     idle = _idle_jobs(len(queues[0]), config)
     total = len(queues[0]) + idle
+    if not config.calculate_per_token_loss and any(job.kind == "A" and job.has_targets for job in queues[0]):
+        raise ValueError("a tree split below trained tokens needs calculate_per_token_loss=True: set it in the config")
     average = 1.0 if config.calculate_per_token_loss else total / sum(job.kind == "B" for job in queues[0])
     for queue in queues:
         queue += [_Job("idle") for _ in range(idle)]
@@ -68,7 +83,7 @@ def forward_backward_prefix_groups(
     ready = [iter(queue) for queue in queues]
     try:
         results = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, forward_step_func, average),
+            forward_step_func=partial(_forward_step, forward_step_func, average, prefix_activations),
             data_iterator=ready if isinstance(data_iterator, list) else ready[0],
             model=model,
             num_microbatches=total,
@@ -91,7 +106,7 @@ class _Job:
         begin: the A of a C.
         is_last: of the step: its backward is the one during which megatron-core synchronises gradients.
         ends_prefix: a forward-only part after which no other reads the prefix.
-        graph: of an A that has run: the stage's input and output, held until C.
+        graph: of an A that has run, held until C.
     """
 
     kind: str
@@ -99,7 +114,12 @@ class _Job:
     begin: _Job | None = None
     is_last: bool = False
     ends_prefix: bool = False
-    graph: tuple[Tensor | None, Tensor] | None = None
+    graph: _PrefixGraph | None = None
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether an A has a loss of its own: in a tree, trained tokens that several parts continue."""
+        return bool(self.pack.response_rows.numel())
 
     @property
     def pack(self) -> Pack:
@@ -183,7 +203,12 @@ def _idle_jobs(count: int, config: Any) -> int:
 
 
 def _forward_step(
-    forward_step_func: Callable[..., Any], average: float, jobs: Iterator[_Job], model: Any, *rest: Any
+    forward_step_func: Callable[..., Any],
+    average: float,
+    prefix_activations: str,
+    jobs: Iterator[_Job],
+    model: Any,
+    *rest: Any,
 ) -> tuple[Tensor, Callable[..., Any]]:
     """The forward of one micro-batch; ``average`` makes up for those without a loss in megatron-core's mean."""
     job = next(jobs)
@@ -192,27 +217,86 @@ def _forward_step(
         if job.ends_prefix:
             _cache_of(job).release(attention_layer_numbers(model))
         return output, partial(_mean_over_parts, loss_func, average)
-    inner = unwrap(model)
-    received = _received(inner)
+    received = _received(unwrap(model))
     if job.kind == "A":
-        output = _encode_prefix(job, model, received)
-    else:
-        output = _RunLater.apply(_anchor(received), job, model, _output_like(job, inner))
-    return output, _no_loss
+
+        def run() -> Any:
+            return forward_step_func(iter([job.item]), model, *rest)
+
+        return _encode_prefix(job, model, received, prefix_activations, run if job.has_targets else None)
+    return _RunLater.apply(_anchor(received), job, model, _output_like(job, unwrap(model))), _no_loss
 
 
-def _encode_prefix(job: _Job, model: Any, received: Tensor | None) -> Tensor:
-    """A: the stage's output without its graph, which waits for C."""
-    shared = job.pack.prefix
+@dataclass
+class _PrefixGraph:
+    """A prefix on one model chunk between its forward and its backward.
+
+    Attributes:
+        received: the stage's input, a leaf (None on the first stage).
+        output: what backward starts from, None where the forward is to run again.
+        again: runs the forward again and returns what backward starts from.
+        like: of the shape, dtype and device of the output, without its storage.
+    """
+
+    received: Tensor | None
+    output: Tensor | None
+    again: Callable[[], Tensor]
+    like: Tensor
+
+    def backward(self, grad: Tensor) -> Tensor | None:
+        """Run it with the gradient of the output; returns that of ``received``."""
+        torch.autograd.backward(self.again() if self.output is None else self.output, grad)
+        return None if self.received is None else self.received.grad
+
+
+def _encode_prefix(
+    job: _Job, model: Any, received: Tensor | None, activations: str, run: Callable[[], Any] | None
+) -> tuple[Tensor, Callable[..., Any]]:
+    """A: the stage's output (or loss, where there are targets) without its graph, which waits for C."""
+    shared, inner = job.pack.prefix, unwrap(model)
     assert shared is not None
     if shared.cache is None:  # another model chunk of this rank may have opened it
         shared.cache = PrefixCache(shared.num_rows)
     leaf = None if received is None else received.detach().requires_grad_()
-    unwrap(model).set_input_tensor(leaf)
-    hidden = prefix_hidden_states(model, job.pack)
+    has_loss = run is not None and inner.post_process
+
+    def forward() -> tuple[Tensor, Any]:
+        inner.set_input_tensor(leaf)
+        return (prefix_hidden_states(model, job.pack), None) if run is None else run()
+
+    def again() -> Tensor:
+        output, loss_func = forward()
+        return loss_func(output)[0] if has_loss else output
+
+    with _holding(activations):
+        output, loss_func = forward()
+    value = output.new_zeros(()) if has_loss else output.detach()
     if torch.is_grad_enabled():
-        job.graph = (leaf, hidden)
-    return _Held.apply(_anchor(received), hidden.detach())
+        kept = None if has_loss or activations == "recompute" else output
+        job.graph = _PrefixGraph(leaf, kept, again, value.new_zeros(()).expand(value.shape))
+    held = _Held.apply(_anchor(received), value)
+    return held, partial(_loss_of_prefix, job, loss_func, output, activations) if has_loss else _no_loss
+
+
+def _holding(activations: str) -> Any:
+    """How a prefix's forward keeps what its backward needs."""
+    if activations == "recompute":
+        return torch.no_grad()
+    if activations == "offload":
+        return torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+    return contextlib.nullcontext()
+
+
+def _loss_of_prefix(
+    job: _Job, loss_func: Any, prefix_output: Tensor, activations: str, output: Tensor, **how: Any
+) -> Any:
+    """The loss of a prefix that has targets; its backward waits for C, so megatron-core gets a zero to start from."""
+    result = loss_func(prefix_output, **how)
+    if how.get("non_loss_data"):
+        return result
+    if job.graph is not None and activations != "recompute":
+        job.graph.output = result[0]
+    return (output.sum(), *result[1:])
 
 
 def _received(inner: Any) -> Tensor | None:
@@ -228,7 +312,8 @@ def _anchor(received: Tensor | None) -> Tensor:
 def _output_like(job: _Job, inner: Any) -> Tensor:
     """An unused stage output: of the shape of the prefix's for C, of as few rows as there can be for an idle one."""
     if job.begin is not None and job.begin.graph is not None:
-        return torch.zeros_like(job.begin.graph[1])
+        like = job.begin.graph.like
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     like = next(inner.parameters())
     return like.new_zeros(1, 1, inner.config.hidden_size, dtype=inner.config.pipeline_dtype or like.dtype)
 
@@ -272,13 +357,10 @@ class _RunLater(torch.autograd.Function):
         with torch.enable_grad(), _recording(ctx.model.parameters() if job.is_last else (), reached):
             if job.begin is not None:
                 assert job.begin.graph is not None
-                leaf, hidden = job.begin.graph
-                torch.autograd.backward(hidden, grad)
+                received_grad = job.begin.graph.backward(grad)
+                result = result if received_grad is None else received_grad
                 job.begin.graph = None
                 _cache_of(job.begin).release(attention_layer_numbers(ctx.model))
-                if leaf is not None:
-                    assert leaf.grad is not None
-                    result = leaf.grad
             if job.is_last:
                 _touch(parameter for parameter in ctx.model.parameters() if parameter not in reached)
         return result, None, None, None

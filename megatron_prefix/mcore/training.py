@@ -37,6 +37,7 @@ class TrainSettings:
         overlap_grad_reduce: reduce gradients while backward still runs.
         temperature: of the log-probs, as in sampling.
         chunk_rows, cp_placement: see `response_log_probs`.
+        prefix_activations: of split groups, see `forward_backward_prefix_groups`.
     """
 
     learning_rate: float = 1e-6
@@ -48,6 +49,7 @@ class TrainSettings:
     temperature: float = 1.0
     chunk_rows: int = 4096
     cp_placement: str = "auto"
+    prefix_activations: str = "keep"
 
     def __post_init__(self) -> None:
         for name, minimum in (("learning_rate", 0), ("weight_decay", 0), ("clip_grad", 0), ("chunk_rows", 1)):
@@ -142,7 +144,7 @@ class PolicyTrainer:
 
     @torch.no_grad()
     def log_probs_of(self, packs: Sequence[Pack]) -> list[Tensor]:
-        """`log_probs` of each pack, those of split groups included (a prefix has none: an empty tensor)."""
+        """`log_probs` of each pack, those of split groups included (a group's prefix has none: an empty tensor)."""
         for chunk in self.chunks:
             chunk.eval()
         found = self._schedule(packs, self._forward_log_probs, forward_only=True, collect_non_loss_data=True)
@@ -151,7 +153,7 @@ class PolicyTrainer:
         # The last stage has them.
         found = all_gather_object([x.cpu() for x in found], self.pp_group)[-1]
         results = iter(found)
-        return [torch.zeros(0) if pack.is_prefix else next(results) for pack in packs]
+        return [next(results) if pack.response_rows.numel() else torch.zeros(0) for pack in packs]
 
     def step(self, inputs: Sequence[StepInput]) -> dict[str, float]:
         """Forward and backward over this rank's micro-batches and one optimizer step.
@@ -217,6 +219,7 @@ class PolicyTrainer:
             num_microbatches=len(inputs),
             seq_length=1,  # shapes come from the packs
             micro_batch_size=1,
+            prefix_activations=self.settings.prefix_activations,
             **settings,
         )
 
