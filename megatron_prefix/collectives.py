@@ -26,12 +26,23 @@ def group_rank(group: Group) -> int:
 
 def group_of_this_rank() -> dist.ProcessGroup:
     """A group of this process alone. Every process calls it: making groups is collective."""
-    mine: dist.ProcessGroup | None = None
-    for rank in range(dist.get_world_size()):
-        group = dist.new_group([rank])
-        mine = group if rank == dist.get_rank() else mine
-    assert mine is not None
-    return mine
+    return _group_with_this_rank([[rank] for rank in range(dist.get_world_size())])
+
+
+def two_levels_of_groups(inner_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """All processes by ``inner_size`` neighbours, and this one with its counterparts among other neighbours.
+
+    The groups that megatron-core makes for hierarchical_context_parallel_sizes. Every process calls it.
+    """
+    ranks = range(dist.get_world_size())
+    neighbours = [ranks[first : first + inner_size] for first in ranks[::inner_size]]
+    counterparts = [ranks[first::inner_size] for first in range(inner_size)]
+    return _group_with_this_rank(neighbours), _group_with_this_rank(counterparts)
+
+
+def _group_with_this_rank(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    made = [dist.new_group(list(ranks)) for ranks in groups]
+    return next(group for ranks, group in zip(groups, made, strict=True) if dist.get_rank() in ranks)
 
 
 def all_reduce_sum(x: Tensor, group: Group) -> Tensor:

@@ -16,12 +16,10 @@ from torch import Tensor
 from megatron_prefix.attention.calls import VarlenCall
 from megatron_prefix.attention.kernels import KERNELS
 from megatron_prefix.attention.sdpa import SdpaKernel
-from megatron_prefix.bench import attention, context_parallel, peer
+from megatron_prefix.bench import attention, peer
 from megatron_prefix.bench.group import GroupSizes, ratios
 from megatron_prefix.bench.report import ResultsDifferError, check_equal, relative_difference
 from megatron_prefix.cli.main import main
-from megatron_prefix.context_parallel.plan import CpPlan
-from tests.distributed import run_distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--prefix-len", "24", "--response-len", "4", "--group-size", "3", "--repeats", "2"]
@@ -238,8 +236,6 @@ import json, sys
 from click.testing import CliRunner
 from megatron_prefix.attention.kernels import KERNELS
 from megatron_prefix.cli.main import main
-from megatron_prefix.context_parallel.plan import CpPlan
-from tests.distributed import run_distributed
 from megatron_prefix.model_config import ModelConfig
 from tests.test_bench import TINY, WrongBackward
 model = sys.argv[1] + "/model.json"
@@ -302,23 +298,3 @@ def test_step(tmp_path: Path) -> None:
         assert code == 1 and report["ok"] is False and "results differ" in stderr
         assert any("grad decoder.layers.0.self_attention.linear_qkv.weight" in line for line in report["failures"])
         assert not {"speed_up", "results"} & report.keys()
-
-
-def _bench_over_ranks(rank: int, world_size: int) -> dict[str, Any]:
-    group, sizes = GroupSizes(24, 4, 3), attention.AttentionSizes(4, 2, 8, "fp32")
-    cp = context_parallel.CpSizes("p2p", "branch")
-    return context_parallel.bench_context_parallel(group, sizes, cp, repeats=1)
-
-
-def test_context_parallel_ranks_report_time_wait_and_planned_bytes() -> None:
-    """Every rank gets one report: rows and area of the plan, bytes forward and backward, next to one rank's time."""
-    first, second = run_distributed(_bench_over_ranks, 2)
-    assert first == second and first["ok"] and first["seconds_one_rank"] > 0
-    plan = CpPlan.build(GroupSizes(24, 4, 3).layout(), 2, "branch")
-    for rank, found in enumerate(first["ranks"]):
-        assert found["rows"] == plan.local_layouts[rank].num_rows and found["area"] == plan.area(rank)
-        assert found["seconds"] >= found["seconds_waited"] >= 0
-        row = 2 * 8 * 2 * 4  # keys and values of 2 heads of 8 channels in fp32
-        # Keys come in forward and again in backward; the gradients of sent keys come back.
-        assert found["bytes_received"] == row * (2 * plan.rows_received(rank) + plan.rows_sent(rank))
-    assert max(first["differences"]["context parallel"].values()) < 1e-5

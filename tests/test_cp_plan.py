@@ -176,6 +176,9 @@ def test_no_more_ranks_than_needed_share_a_response() -> None:
         plan = CpPlan.build(PrefixLayout([100] + [3000] * count, [-1] + [0] * count), cp_size, "branch")
         shared = [sum(any(p.segment == s for p in mine) for mine in plan.placement) for s in range(1, count + 1)]
         assert count < sum(shared) <= count + cp_size - 1
+    # Only the longest is too long, and one other rank is enough to relieve its own.
+    plan = CpPlan.build(PrefixLayout([10, 4000, 4000, 4000, 4100], [-1, 0, 0, 0, 0]), 4, "branch")
+    assert [sum(any(p.segment == s for p in mine) for mine in plan.placement) for s in range(1, 5)] == [1, 1, 1, 2]
 
 
 FEW = st.tuples(

@@ -27,6 +27,7 @@ from megatron_prefix.bench.report import (
     speed_ups,
     with_total,
 )
+from megatron_prefix.collectives import Traffic
 from megatron_prefix.layout import FLOPS_PER_PAIR
 from megatron_prefix.loss import grpo_loss
 from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
@@ -56,18 +57,18 @@ class StepSettings:
             raise ValueError(f"impl must be auto or one of {', '.join(KERNELS)}, got {self.impl!r}")
 
 
-class _Step:
-    """The step on one pack; gradients are in the parameters afterwards."""
+class Step:
+    """The step on one pack; gradients are in the parameters afterwards. ``cp_placement``: see `response_log_probs`."""
 
-    def __init__(self, model: torch.nn.Module, pack: Pack) -> None:
-        self.model, self.pack = model, pack
+    def __init__(self, model: torch.nn.Module, pack: Pack, cp_placement: str = "auto") -> None:
+        self.model, self.pack, self.cp_placement = model, pack, cp_placement
         self.device = next(model.parameters()).device
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self, traffic: Traffic | None = None) -> tuple[Tensor, Tensor]:
         """Log-probs [N] and the loss, on policy: the old log-probs are the policy's own."""
         for param in self.model.parameters():
             param.grad = None
-        log_probs = response_log_probs(self.model, self.pack)
+        log_probs = response_log_probs(self.model, self.pack, cp_placement=self.cp_placement, cp_traffic=traffic)
         assert isinstance(log_probs, Tensor)
         pairs, advantages = self.pack.pairs.to(self.device), self.pack.advantages.to(self.device)
         loss, _ = grpo_loss(log_probs, log_probs.detach(), advantages, pairs, self.pack.totals)
@@ -88,15 +89,20 @@ class _Step:
         with track_memory(self.device) as memory, FlopCounterMode(display=False) as counter:
             log_probs, loss = self.forward()
             loss.backward()
+        results = self.take_results(log_probs)
+        # Attention kernels are counted from the mask's area: this counter knows neither all of them nor masks.
+        counts = counter.get_flop_counts()["Global"]
+        flops = sum(count for operation, count in counts.items() if "attention" not in str(operation))
+        return results, memory.peak_bytes, flops
+
+    def take_results(self, log_probs: Tensor) -> dict[str, Tensor]:
+        """Log-probs and every parameter's gradient, which leaves the parameter."""
         results = {"log_probs": log_probs}
         for name, param in self.model.named_parameters():
             if param.grad is not None:
                 results[f"grad {name}"] = param.grad
                 param.grad = None
-        # Attention kernels are counted from the mask's area: this counter knows neither all of them nor masks.
-        counts = counter.get_flop_counts()["Global"]
-        flops = sum(count for operation, count in counts.items() if "attention" not in str(operation))
-        return results, memory.peak_bytes, flops
+        return results
 
 
 def bench_step(
@@ -125,19 +131,15 @@ def bench_step(
         ResultsDifferError: log-probs or a gradient differ.
         ValueError: a model that is too small for the group, or not supported.
     """
-    if group.prefix_len + group.response_len > config.max_position_embeddings:
-        raise ValueError(
-            f"prefix_len {group.prefix_len} + response_len {group.response_len} is over the model's "
-            f"max_position_embeddings {config.max_position_embeddings}; choose shorter ones"
-        )
+    check_positions(group, config)
     note = after_each or (lambda _: None)
     dtype = DTYPES[settings.dtype]
-    model = _model(config, dtype, settings.impl, seed)
+    model = random_model(config, dtype, settings.impl, seed)
     device = next(model.parameters()).device
     impl = resolve_impl(settings.impl, device)
-    rollouts = _rollouts(group, config.vocab_size, seed)
-    grouped, repeated = (_one_pack(rollouts, repeated) for repeated in (False, True))
-    steps = {"repeated": _Step(model, repeated), "grouped": _Step(model, grouped)}
+    rollouts = random_rollouts(group, config.vocab_size, seed)
+    grouped, repeated = (one_pack(rollouts, repeated) for repeated in (False, True))
+    steps = {"repeated": Step(model, repeated), "grouped": Step(model, grouped)}
     report = new_report("step", asdict(group) | asdict(settings) | {"impl": impl, "repeats": repeats}, seed)
     report["model"] = asdict(config) | {"parameters": sum(param.numel() for param in model.parameters())}
     report["bound"] = {"name": "rho", "value": group.rho, "alpha": group.alpha}
@@ -153,7 +155,11 @@ def bench_step(
         note(f"checking {name}")
     report["ratios"] = ratios(grouped.layout, repeated.layout)
     report["ratios"]["flops"] = results["repeated"]["flops"] / results["grouped"]["flops"]
-    check_equal(report, _differences(measured, model, config, settings, repeated), dtype)
+
+    def exact() -> dict[str, Tensor]:
+        return Step(exact_model(model, config, settings.impl), repeated).measure()[0]
+
+    check_equal(report, differences(measured, "repeated", exact, dtype), dtype)
     note("checking against the reference")
     del measured
 
@@ -171,17 +177,38 @@ def bench_step(
     return report
 
 
+def check_positions(group: GroupSizes, config: ModelConfig) -> None:
+    """Raises ValueError when the model has fewer positions than a sequence of the group."""
+    if group.prefix_len + group.response_len > config.max_position_embeddings:
+        raise ValueError(
+            f"prefix_len {group.prefix_len} + response_len {group.response_len} is over the model's "
+            f"max_position_embeddings {config.max_position_embeddings}; choose shorter ones"
+        )
+
+
 def num_runs(repeats: int) -> int:
     """How often `bench_step` calls ``after_each``."""
     return 2 * (1 + repeats) + 1
 
 
-def _model(config: ModelConfig, dtype: torch.dtype, impl: str, seed: int) -> torch.nn.Module:
-    spec = prefix_gpt_layer_spec(transformer_config(config, dtype=dtype), impl=impl)
-    return build_model(config, layer_spec=spec, dtype=dtype, seed=seed)
+def random_model(config: ModelConfig, dtype: torch.dtype, impl: str, seed: int, **settings: Any) -> torch.nn.Module:
+    """A model with prefix-grouped attention; ``settings`` are more arguments of `build_model`."""
+    overrides = settings.get("overrides")
+    spec = prefix_gpt_layer_spec(transformer_config(config, dtype=dtype, overrides=overrides), impl=impl)
+    return build_model(config, layer_spec=spec, dtype=dtype, seed=seed, **settings)
 
 
-def _rollouts(group: GroupSizes, vocab_size: int, seed: int) -> RolloutGroup:
+def exact_model(model: torch.nn.Module, config: ModelConfig, impl: str, **settings: Any) -> torch.nn.Module:
+    """The same weights in fp32, see `random_model`."""
+    exact = random_model(config, torch.float32, impl, 0, **settings)
+    values = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, param in exact.named_parameters():
+            param.copy_(values[name])
+    return exact
+
+
+def random_rollouts(group: GroupSizes, vocab_size: int, seed: int) -> RolloutGroup:
     """Random tokens and rewards; the prompt has one token more than the shared prefix has rows."""
     rng = random.Random(seed)
 
@@ -192,30 +219,19 @@ def _rollouts(group: GroupSizes, vocab_size: int, seed: int) -> RolloutGroup:
     return RolloutGroup(tokens(group.prefix_len + 1), responses, [rng.random() for _ in responses])
 
 
-def _one_pack(rollouts: RolloutGroup, repeated: bool) -> Pack:
+def one_pack(rollouts: RolloutGroup, repeated: bool) -> Pack:
+    """The group as a pack, its prefix shared or repeated."""
     (pack,) = pack_groups([rollouts], repeated=repeated)
     return pack
 
 
-def _differences(
-    measured: dict[str, dict[str, Tensor]],
-    model: torch.nn.Module,
-    config: ModelConfig,
-    settings: StepSettings,
-    repeated: Pack,
+def differences(
+    measured: dict[str, dict[str, Tensor]], baseline: str, exact: Callable[[], dict[str, Tensor]], dtype: torch.dtype
 ) -> dict[str, Differences]:
-    """Relative differences by path and tensor: from repeated prefixes, in half precision from those in fp32."""
-    if DTYPES[settings.dtype] in TOLERANCE:
-        reference = measured["repeated"]
-        compared = ["grouped"]
-    else:
-        exact = _model(config, torch.float32, settings.impl, 0)
-        values = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, param in exact.named_parameters():
-                param.copy_(values[name])
-        reference, _, _ = _Step(exact, repeated).measure()
-        compared = ["repeated", "grouped"]
+    """Relative differences by path and tensor: from the baseline, in half precision from what ``exact`` gives."""
+    reference, compared = measured[baseline], [path for path in measured if path != baseline]
+    if dtype not in TOLERANCE:
+        reference, compared = exact(), list(measured)
     missing = {"tensors": float("inf")}  # a parameter that got a gradient on one path only
     return {
         path: {name: relative_difference(measured[path][name], value) for name, value in reference.items()}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import torch
 
 from megatron_prefix.attention import KERNELS, check_impl
-from megatron_prefix.bench import attention, context_parallel
+from megatron_prefix.bench import attention, context_parallel, over_ranks
 from megatron_prefix.bench.group import DTYPES, GroupSizes
 from megatron_prefix.bench.report import ResultsDifferError, summary, table
 from megatron_prefix.cli.console import (
@@ -22,13 +22,10 @@ from megatron_prefix.cli.console import (
     stderr_console,
     torchrun_ranks,
 )
-from megatron_prefix.context_parallel.placement import PLACEMENTS
+from megatron_prefix.cli.cp_options import SIZE, Command, CpFlags, cp_flags
 from megatron_prefix.model_config import ModelConfig
 
-SIZE = click.IntRange(1)
 SHAPE_FLAGS = ("layers", "hidden_size", "ffn_hidden_size", "heads", "kv_heads", "head_dim", "vocab_size")
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @click.group("bench")
@@ -64,11 +61,7 @@ def _common(command: Command) -> Command:
 @click.option("--heads", type=SIZE, default=8, help="Query heads.")
 @click.option("--kv-heads", type=SIZE, default=8, help="Key-value heads.")
 @click.option("--head-dim", type=SIZE, default=64, help="Channels of a head.")
-@click.option(
-    "--cp", type=SIZE, default=1, help="Context-parallel ranks, under torchrun: compare with one rank instead."
-)
-@click.option("--cp-comm-type", type=click.Choice(["p2p", "all_gather", "a2a"]), default="p2p", help="See train.")
-@click.option("--cp-placement", type=click.Choice(["auto", *PLACEMENTS]), default="auto", help="See train.")
+@cp_flags()
 @_common
 def attention_command(
     prefix_len: int,
@@ -76,9 +69,7 @@ def attention_command(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    cp: int,
-    cp_comm_type: str,
-    cp_placement: str,
+    cp: CpFlags,
     group_size: int,
     dtype: str,
     impl: str,
@@ -92,16 +83,29 @@ def attention_command(
     Also runs the prefix-grouper package where it is installed, on the same CPU kernel. On the CPU that kernel's
     backward runs in parallel over sequences and key-value heads, so give at least as many --kv-heads as threads.
 
+    With --cp above 1, under torchrun, context-parallel ranks are compared with one rank instead.
+
     \b
     megatron-prefix bench attention
     megatron-prefix bench attention --dtype bf16 --heads 2 --kv-heads 2 --repeats 3
     torchrun --nproc-per-node 2 -m megatron_prefix bench attention --cp 2
     """
-    device = _check_call(out, impl, dtype, head_dim, cp)
+    device = _check_call(out, impl, dtype, head_dim, cp.cp)
     group = GroupSizes(prefix_len, response_len, group_size)
     sizes = attention.AttentionSizes(heads, kv_heads, head_dim, dtype, impl)
-    if cp > 1:
-        _bench_cp(group, sizes, context_parallel.CpSizes(cp_comm_type, cp_placement), repeats, seed, as_json, out)
+    if cp.cp > 1:
+        shared = _cp_sizes(cp)
+
+        def run_over_ranks(after_each: Callable[[str], None]) -> dict[str, Any]:
+            return context_parallel.bench_context_parallel(
+                group, sizes, shared, repeats=repeats, seed=seed, after_each=after_each
+            )
+
+        start_distributed()
+        try:
+            _run_and_report("bench attention --cp", over_ranks.num_runs(repeats), run_over_ranks, as_json, out)
+        finally:
+            torch.distributed.destroy_process_group()
         return
 
     def run(after_each: Callable[[str], None]) -> dict[str, Any]:
@@ -125,6 +129,7 @@ def attention_command(
     type=click.Path(exists=True, path_type=Path),
     help="Checkpoint folder or model.json whose shape to use instead (weights stay random).",
 )
+@cp_flags()
 @_common
 @click.pass_context
 def step_command(
@@ -139,6 +144,7 @@ def step_command(
     head_dim: int | None,
     vocab_size: int,
     model: Path | None,
+    cp: CpFlags,
     group_size: int,
     dtype: str,
     impl: str,
@@ -149,9 +155,13 @@ def step_command(
 ) -> None:
     """A whole training step (forward, log-probs, loss, backward; no optimizer): bound rho, the ratio of the rows.
 
+    With --cp above 1, under torchrun, context-parallel ranks are compared with one rank instead; their step ends with
+    the sum of gradients over them.
+
     \b
     megatron-prefix bench step
     megatron-prefix bench step --model smollm2 --prefix-len 512 --response-len 64 --repeats 3
+    torchrun --nproc-per-node 2 -m megatron_prefix bench step --cp 2 --cp-comm-type a2a
     """
     group = GroupSizes(prefix_len, response_len, group_size)
     if model is not None:
@@ -172,9 +182,9 @@ def step_command(
             vocab_size=vocab_size,
             max_position_embeddings=prefix_len + response_len,
         )
-    _check_call(out, impl, dtype, config.channels)
+    _check_call(out, impl, dtype, config.channels, cp.cp)
     # megatron-core takes seconds to import: not for `bench attention`, nor for bad input.
-    from megatron_prefix.bench import step
+    from megatron_prefix.bench import step, step_over_ranks
     from megatron_prefix.cli.options import ParallelFlags
     from megatron_prefix.mcore.parallel import destroy
 
@@ -183,9 +193,17 @@ def step_command(
     def run(after_each: Callable[[str], None]) -> dict[str, Any]:
         return step.bench_step(group, config, settings, repeats=repeats, seed=seed, after_each=after_each)
 
-    ParallelFlags(tp=1, pp=1, cp=1, dp=1, sequence_parallel=False).start(seed)
+    def run_over_ranks(after_each: Callable[[str], None]) -> dict[str, Any]:
+        return step_over_ranks.bench_step_over_ranks(
+            group, config, settings, _cp_sizes(cp), repeats=repeats, seed=seed, after_each=after_each
+        )
+
+    ParallelFlags(cp=cp.cp, cp_comm_type=cp.cp_comm_type, cp_a2a=cp.cp_a2a, dp=1).start(seed)
     try:
-        _run_and_report("bench step", step.num_runs(repeats), run, as_json, out)
+        if cp.cp > 1:
+            _run_and_report("bench step --cp", over_ranks.num_runs(repeats), run_over_ranks, as_json, out)
+        else:
+            _run_and_report("bench step", step.num_runs(repeats), run, as_json, out)
     finally:
         destroy()
 
@@ -209,27 +227,8 @@ def _check_call(out: Path | None, impl: str, dtype: str, head_dim: int, processe
     return device
 
 
-def _bench_cp(
-    group: GroupSizes,
-    sizes: attention.AttentionSizes,
-    cp: context_parallel.CpSizes,
-    repeats: int,
-    seed: int,
-    as_json: bool,
-    out: Path | None,
-) -> None:
-    """`bench attention --cp`: over the ranks that torchrun started."""
-    start_distributed()
-
-    def run(after_each: Callable[[str], None]) -> dict[str, Any]:
-        return context_parallel.bench_context_parallel(
-            group, sizes, cp, repeats=repeats, seed=seed, after_each=after_each
-        )
-
-    try:
-        _run_and_report("bench attention --cp", 2 + 2 * repeats, run, as_json, out)
-    finally:
-        torch.distributed.destroy_process_group()
+def _cp_sizes(cp: CpFlags) -> over_ranks.CpSizes:
+    return over_ranks.CpSizes(cp.cp_comm_type, cp.cp_placement, cp.cp_a2a)
 
 
 def _run_and_report(
@@ -245,7 +244,7 @@ def _run_and_report(
         console.print(str(error), style="red", markup=False)
     else:
         if "ranks" in report:
-            print_table(*context_parallel.table(report))
+            print_table(*over_ranks.table(report))
         else:
             print_table(*table(report))
             console.print(summary(report), markup=False)

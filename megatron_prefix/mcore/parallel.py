@@ -6,10 +6,14 @@ process group that already runs.
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_prefix.collectives import group_of_this_rank
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,16 @@ def current_sizes() -> ParallelSizes:
         vpp=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         dp=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def without_context_parallelism() -> dict[str, Any]:
+    """Arguments of `build_model` for a model that runs whole packs on every rank although cp is above 1.
+
+    Every process calls it: it makes groups.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.cp = group_of_this_rank()
+    return {"pg_collection": groups, "overrides": {"context_parallel_size": 1}}
 
 
 def destroy() -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_prefix.collectives import group_of_this_rank
 from megatron_prefix.mcore.log_probs import check_token_ids, unwrap
 from megatron_prefix.mcore.model import build_model
+from megatron_prefix.mcore.parallel import without_context_parallelism
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import NO_TARGET, Pack
 
@@ -26,9 +25,7 @@ def build_plain_model(config: ModelConfig, **settings: Any) -> GPTModel:
     Its local attention has no context parallelism, so under --cp every rank holds whole sequences and computes the same
     thing; `PolicyTrainer` then counts each rank's gradients as a share.
     """
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    groups.cp = group_of_this_rank()
-    return build_model(config, pg_collection=groups, overrides={"context_parallel_size": 1}, **settings)
+    return build_model(config, **without_context_parallelism(), **settings)
 
 
 def repeated_log_probs(
