@@ -180,6 +180,32 @@ def test_a_save_that_breaks_off_leaves_no_checkpoint(tmp_path: Path) -> None:
     run_distributed(_broken_save, 1, str(tmp_path))
 
 
+def _fingerprints(rank: int, world_size: int, tp: int) -> dict[str, str]:
+    from megatron.core import parallel_state
+
+    from megatron_prefix.mcore.checkpoint import fingerprint
+    from megatron_prefix.mcore.model import build_model
+
+    start(tp=tp)
+    config = tiny_config(**CHANGES)
+    names = ("model", "again", "one bit", "queries' norm", "keys' norm")
+    models = {name: build_model(config, seed=1) for name in names}
+    if parallel_state.get_tensor_model_parallel_rank() == tp - 1:
+        last = models["one bit"].decoder.layers[1].mlp.linear_fc2.weight.data[-1, -1:]
+        last.copy_(last.nextafter(torch.tensor(9.0)))
+    models["queries' norm"].decoder.layers[0].self_attention.q_layernorm.weight.data.fill_(2.0)
+    models["keys' norm"].decoder.layers[0].self_attention.k_layernorm.weight.data.fill_(2.0)
+    models |= {"seed": build_model(config, seed=2), "dtype": build_model(config, seed=1, dtype=torch.bfloat16)}
+    return {name: fingerprint(model) for name, model in models.items()}
+
+
+def test_a_fingerprint_is_that_of_the_weights_at_any_sizes() -> None:
+    (one,) = run_distributed(_fingerprints, 1, 1)
+    assert one["model"] == one["again"] and len(set(one.values())) == len(one) - 1
+    for tp in (1, 2):
+        assert run_distributed(_fingerprints, 2, tp) == [one, one]
+
+
 def test_latest_checkpoint_is_the_highest_complete_step(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "nowhere") is None
     for name in ("step_000009", "step_000100", "step_1000000", "step_9000000.incomplete", "final"):

@@ -31,6 +31,7 @@ from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.checkpoint import (
+    fingerprint,
     latest_checkpoint,
     load_checkpoint,
     load_state,
@@ -115,11 +116,14 @@ def train_command(
         "rollouts_sha256": hashlib.sha256(rollouts.read_bytes()).hexdigest(),
         "optimizer": settings.optimizer,
         "distributed_optimizer": settings.distributed_optimizer,
+        "dtype": flags.dtype,
     }
+    names = {"model": str(flags.model), "rollouts": str(rollouts)}
     start = latest_checkpoint(save) if save else None
     if start and not resume:
         raise ValueError(f"--save {save} already holds {start.name}; add --resume to go on, or name another folder")
-    first = _check_resume(start, config, state, rollouts) if start else 0
+    saved = _check_resume(start, config, state, rollouts) if start else {"step": 0}
+    first: int = saved["step"]
     sizes = parallel.start(seed)
     if min(groups_per_step, len(groups)) < (sizes.dp or 1):
         raise ValueError(
@@ -130,6 +134,10 @@ def train_command(
         if path is not None:
             check_writable(option, path if option == "--save" else path.parent)
     model = flags.build(config, parallel, seed=seed)
+    if save:
+        state["model_fingerprint"] = fingerprint(model)
+    if start:
+        _check_model(start, saved, state | names)
     trainer = PolicyTrainer(model, settings, loss)
     batches = [_batch(len(groups), groups_per_step, step, seed) for step in range(first, steps)]
     run = _Run(trainer, groups, max_tokens_per_pack, with_reference=loss.kl_coef > 0)
@@ -154,7 +162,7 @@ def train_command(
                     trainer.model,
                     config,
                     optimizer=trainer.optimizer,
-                    state=state | {"step": step},
+                    state=state | names | {"step": step},
                     tokenizer_from=flags.model if flags.model and flags.model.is_dir() else None,
                 )
     if not batches:
@@ -226,24 +234,40 @@ def _batch(num_groups: int, groups_per_step: int, step: int, seed: int) -> list[
     return sorted(order[index * size : (index + 1) * size])
 
 
-def _check_resume(checkpoint: Path, config: ModelConfig, state: Mapping[str, Any], rollouts: Path) -> int:
-    """The step to go on from. Other groups, another order of them or another kind of optimizer cannot go on."""
+_START_ANEW = "start anew with the checkpoint as --model and another --save"
+
+
+def _check_resume(checkpoint: Path, config: ModelConfig, state: Mapping[str, Any], rollouts: Path) -> dict[str, Any]:
+    """The saved state to go on from. Other groups, another order of them, another kind of optimizer cannot go on."""
     saved = load_state(checkpoint, config=config)
-    missing = sorted({"step", *state} - saved.keys())
+    missing = sorted({"step", "model", "model_fingerprint", "rollouts", *state} - saved.keys())
     if missing:
-        raise ValueError(f"--resume: {checkpoint} was not saved by `train`, its state has no {missing[0]}")
+        raise ValueError(
+            f"--resume: {checkpoint} was not saved by this version of `train`, its state has no {missing[0]}; "
+            f"{_START_ANEW}"
+        )
     if saved["rollouts_sha256"] != state["rollouts_sha256"]:
         raise ValueError(
-            f"--resume: {checkpoint} was trained on a rollouts file with other contents than {rollouts}; give that "
-            "file, or start anew with the checkpoint as --model and another --save"
+            f"--resume: {checkpoint} was trained on {saved['rollouts']}, which had other contents than {rollouts} has; "
+            f"give that file, or {_START_ANEW}"
         )
     for name, value in state.items():
         if saved[name] != value:
             raise ValueError(
                 f"--resume: {checkpoint} was saved with {name} {saved[name]}, this run has {name} {value}; use the "
-                "same, or start anew with the checkpoint as --model and another --save"
+                f"same, or {_START_ANEW}"
             )
-    return saved["step"]
+    return saved
+
+
+def _check_model(checkpoint: Path, saved: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Old log-probs are those of the model that the run began with, which must be the same."""
+    if saved["model_fingerprint"] != state["model_fingerprint"]:
+        raise ValueError(
+            f"--resume: {checkpoint} began with --model {saved['model']}, and --model {state['model']} has other "
+            "weights, so that old log-probs would be others; give the model that the run began with, or "
+            f"{_START_ANEW}"
+        )
 
 
 def _append(path: Path | None, record: dict[str, Any]) -> None:

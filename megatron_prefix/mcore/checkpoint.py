@@ -9,6 +9,7 @@ Layout of a folder:
 A folder that exists under its final name is complete.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -20,12 +21,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_prefix.collectives import barrier
+from megatron_prefix.collectives import all_gather_object, barrier
 from megatron_prefix.model_config import ModelConfig
 
 CONFIG_FILE = "model.json"
@@ -33,6 +34,9 @@ STATE_FILE = "state.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _WEIGHTS = "weights"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+_HASHED_AT_ONCE = 2**17  # values: they stay in a CPU core's cache
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 
@@ -156,6 +160,37 @@ def load_checkpoint(
     if optimizer is not None:
         _load_optimizer(optimizer, loaded["optimizer"])
     return state
+
+
+def fingerprint(model: Model) -> str:
+    """64 hex digits of the model's weights, to the last bit: the same at any parallel sizes, others in another dtype.
+
+    Every rank calls this. A weight tensor counts by the multiset of its values, which no cut over ranks changes: it is
+    the sum of their hashes, each value on one rank. That reads every weight once and sends one number per tensor.
+    """
+    state = _sharded_state(model, None, is_loading=False)
+    apply_factories(state)
+    mine: dict[str, int] = {}
+    for tensor in _tensors(state):
+        if is_main_replica(tensor.replica_id):
+            mine[tensor.key] = mine.get(tensor.key, 0) + _sum_of_hashes(tensor.data)
+    sums: dict[str, int] = {}
+    for rank in all_gather_object(mine, dist.group.WORLD):
+        for key, value in rank.items():
+            sums[key] = (sums.get(key, 0) + value) % 2**64
+    return hashlib.sha256(json.dumps(sorted(sums.items())).encode()).hexdigest()
+
+
+def _sum_of_hashes(values: torch.Tensor) -> int:
+    """Sum of splitmix64 (Steele et al., OOPSLA 2014) of every value's bits, in 64-bit integers that wrap around."""
+    bits = values.detach().flatten().view(_INTEGERS[values.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part in bits.split(_HASHED_AT_ONCE):
+        mixed = part.long() + (0x9E3779B97F4A7C15 - 2**64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> shift)) * (factor - 2**64)
+        total += (mixed ^ (mixed >> 31)).sum()
+    return int(total)
 
 
 def _chunks(model: Model) -> list[tuple[str, Any]]:
