@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,19 +30,25 @@ def group_of_this_rank() -> dist.ProcessGroup:
     return _group_with_this_rank([[rank] for rank in range(dist.get_world_size())])
 
 
-def two_levels_of_groups(inner_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def two_levels_of_groups(
+    inner_size: int, timeout: timedelta | None = None
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """All processes by ``inner_size`` neighbours, and this one with its counterparts among other neighbours.
 
     The groups that megatron-core makes for hierarchical_context_parallel_sizes. Every process calls it.
+
+    Args:
+        inner_size: divides the number of processes.
+        timeout: of a collective that hangs; None is torch's own.
     """
     ranks = range(dist.get_world_size())
     neighbours = [ranks[first : first + inner_size] for first in ranks[::inner_size]]
     counterparts = [ranks[first::inner_size] for first in range(inner_size)]
-    return _group_with_this_rank(neighbours), _group_with_this_rank(counterparts)
+    return _group_with_this_rank(neighbours, timeout), _group_with_this_rank(counterparts, timeout)
 
 
-def _group_with_this_rank(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup:
-    made = [dist.new_group(list(ranks)) for ranks in groups]
+def _group_with_this_rank(groups: Sequence[Sequence[int]], timeout: timedelta | None = None) -> dist.ProcessGroup:
+    made = [dist.new_group(list(ranks), timeout=timeout) for ranks in groups]
     return next(group for ranks, group in zip(groups, made, strict=True) if dist.get_rank() in ranks)
 
 

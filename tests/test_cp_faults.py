@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_prefix import PrefixLayout, RolloutGroup, pack_groups, response_log_probs
 from megatron_prefix.attention import KERNELS
+from megatron_prefix.collectives import two_levels_of_groups
 from megatron_prefix.context_parallel.attention import CpShare, context_parallel_attention
 from megatron_prefix.context_parallel.plan import CpPlan
 from tests import cp_cases as cc
@@ -22,13 +23,11 @@ from tests.distributed import LOOPBACK, run_distributed
 
 # ---- ranks that disagree
 
-SEEN_BY_RANK = {
-    "one response fewer": ([[3, 2], [3]], "rank 0: 3 segments, 7 rows, .*; rank 1: 2 segments, 5 rows"),
-    "one token fewer": ([[3, 2], [3, 1]], "rank 0: 3 segments, 7 rows, .*; rank 1: 3 segments, 6 rows"),
-    "the same tokens in another order": (
-        [[3, 2], [2, 3]],
-        "rank 0: 3 segments, 7 rows, .*; rank 1: 3 segments, 7 rows",
-    ),
+COMMON = [3, 2]  # responses of all ranks but the last
+LAST_RANK_HAS = {
+    "one response fewer": ([3], "2 segments, 5 rows"),
+    "one token fewer": ([3, 1], "3 segments, 6 rows"),
+    "the same tokens in another order": ([2, 3], "3 segments, 7 rows"),
 }
 
 
@@ -38,39 +37,49 @@ def pack_of(lengths: list[int], token: int = 4) -> Any:
     return pack
 
 
-def log_probs_of_different_packs(rank: int, world_size: int) -> dict[str, str]:
-    overrides = cc.start_world(cc.World(cp=2))
-    model, _ = cc.models_of(cc.Case("p2p", "branch"), cc.World(cp=2), overrides)
+def log_probs_of_different_packs(rank: int, world_size: int, comm_type: str) -> dict[str, str]:
+    world = cc.World(cp=world_size)
+    overrides = cc.start_world(world)
+    model, _ = cc.models_of(cc.Case(comm_type, "branch"), world, overrides)
+    last = rank == world_size - 1
     messages = {}
-    for name, (lengths, _) in SEEN_BY_RANK.items():
+    for name, (lengths, _) in LAST_RANK_HAS.items():
         try:
-            response_log_probs(model, pack_of(lengths[rank]))
+            response_log_probs(model, pack_of(lengths if last else COMMON))
         except ValueError as error:
             messages[name] = str(error)
     for pack, placement in (
-        (pack_of([3, 2], token=4 + rank), "branch"),
-        (pack_of([3, 2]), ("branch", "auto")[rank]),
+        (pack_of(COMMON, token=4 + last), "branch"),
+        (pack_of(COMMON), "auto" if last else "branch"),
     ):
         with pytest.raises(ValueError, match="different layouts, placements or tokens"):
             response_log_probs(model, pack, cp_placement=placement)
+    if last:
+        model.config.cp_comm_type = "a2a"  # of this rank alone
+    with pytest.raises(ValueError, match=r"checksums of the layout .* the placement and cp_comm_type"):
+        response_log_probs(model, pack_of(COMMON), cp_placement="branch")
+    model.config.cp_comm_type = comm_type
     # The model still works afterwards.
-    messages["equal"] = str(len(response_log_probs(model, pack_of([3, 2]))))
+    messages["equal"] = str(len(response_log_probs(model, pack_of(COMMON))))
     return messages
 
 
-def test_different_packs_are_an_error_on_every_rank_that_names_the_difference() -> None:
-    for messages in run_distributed(log_probs_of_different_packs, 2):
+@pytest.mark.parametrize(("comm_type", "world_size"), [("p2p", 2), ("a2a+p2p", 4)])
+def test_different_packs_are_an_error_on_every_rank_that_names_the_difference(comm_type: str, world_size: int) -> None:
+    for messages in run_distributed(log_probs_of_different_packs, world_size, comm_type):
         assert messages.pop("equal") == "5"
-        assert set(messages) == set(SEEN_BY_RANK)
-        for name, (_, expected) in SEEN_BY_RANK.items():
+        assert set(messages) == set(LAST_RANK_HAS)
+        for name, (_, last) in LAST_RANK_HAS.items():
             assert "give all the same pack" in messages[name]
-            assert re.search(expected, messages[name]), messages[name]
+            seen = [f"rank {rank}: 3 segments, 7 rows" for rank in range(world_size - 1)]
+            assert re.search(", .*; ".join([*seen, f"rank {world_size - 1}: {last}"]), messages[name]), messages[name]
 
 
 # ---- ranks that are gone
 
-WORLD_SIZE = 3
-GROUP_TIMEOUT_S = 8.0
+WAYS = [("p2p", 3), ("all_gather", 3), ("a2a", 3), ("a2a+p2p", 4)]  # and ranks
+INNER_SIZE = 2
+GROUP_TIMEOUT_S = 5.0
 SLACK_S = 60.0  # a busy machine
 EXIT_CODE = 7
 
@@ -102,18 +111,21 @@ class LeavingKernel:
         KERNELS["sdpa"].backward(*args)
 
 
-def attend(rank: int, folder: str, comm_type: str, how: str, reports: Any) -> None:
+def attend(rank: int, world_size: int, folder: str, comm_type: str, how: str, reports: Any) -> None:
     """Attention again and again; the last rank leaves in the middle. Reports the error and how long it took to come."""
     os.environ.update(LOOPBACK)
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder, "store")), WORLD_SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(minutes=5))
+    store = dist.FileStore(str(Path(folder, "store")), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=5))
     dist.barrier()  # however slowly processes start, the short limit counts from here
-    group = dist.new_group(timeout=timedelta(seconds=GROUP_TIMEOUT_S))
+    limit = timedelta(seconds=GROUP_TIMEOUT_S)
+    inner, outer = two_levels_of_groups(INNER_SIZE, limit) if comm_type == "a2a+p2p" else (None, None)
+    group = dist.new_group(timeout=limit)
     layout = PrefixLayout([24, 9, 7, 5], [-1, 0, 0, 0])
-    share = CpShare(CpPlan.build(layout, WORLD_SIZE, "dual_chunk_swap"), group, torch.device("cpu"))
-    q, k, v, dout = (x[share.plan.rows(rank)].requires_grad_() for x in inputs(layout.num_rows, (3, 3)))
-    kernel: Any = LeavingKernel(how) if rank == WORLD_SIZE - 1 else KERNELS["sdpa"]
+    plan = CpPlan.build(layout, world_size, "dual_chunk_swap")
+    share = CpShare(plan, group, torch.device("cpu"), inner, outer)
+    q, k, v, dout = (x[plan.rows(rank)].requires_grad_() for x in inputs(layout.num_rows, (12, 12)))
+    kernel: Any = LeavingKernel(how) if rank == world_size - 1 else KERNELS["sdpa"]
     started = time.monotonic()
     try:
         while True:
@@ -128,18 +140,20 @@ def attend(rank: int, folder: str, comm_type: str, how: str, reports: Any) -> No
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
-@pytest.mark.parametrize("comm_type", ["p2p", "all_gather", "a2a"])
-def test_a_rank_that_is_gone_gives_the_others_an_error_in_time(comm_type: str, how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("comm_type", "world_size"), WAYS)
+def test_a_rank_that_is_gone_gives_the_others_an_error_in_time(
+    comm_type: str, world_size: int, how: str, tmp_path: Path
+) -> None:
     context = get_context("forkserver")
     reports = context.Queue()
     ranks = [
-        context.Process(target=attend, args=(rank, str(tmp_path), comm_type, how, reports), daemon=True)
-        for rank in range(WORLD_SIZE)
+        context.Process(target=attend, args=(rank, world_size, str(tmp_path), comm_type, how, reports), daemon=True)
+        for rank in range(world_size)
     ]
     for rank in ranks:
         rank.start()
     try:
-        found = [reports.get(timeout=180) for _ in range(WORLD_SIZE - 1)]
+        found = [reports.get(timeout=180) for _ in range(world_size - 1)]
         if how == "dies":
             ranks[-1].join(30)
         left = ranks[-1].exitcode
@@ -147,7 +161,7 @@ def test_a_rank_that_is_gone_gives_the_others_an_error_in_time(comm_type: str, h
         for rank in ranks:
             rank.kill()
             rank.join(10)
-    assert sorted(rank for rank, _, _ in found) == [0, 1]
+    assert sorted(rank for rank, _, _ in found) == list(range(world_size - 1))
     assert left == (None if how == "hangs" else EXIT_CODE)
     for rank, message, seconds in found:
         assert seconds <= GROUP_TIMEOUT_S + SLACK_S / 2, (rank, seconds)
