@@ -24,7 +24,7 @@ from megatron_prefix.layout import PrefixLayout
 
 LAYOUT_FLAGS = ("prefix_len", "response_lens", "group_size")
 PAIRS = {"M": 10**6, "k": 10**3}
-FLOPS = {"TFLOP": 10**12, "MFLOP": 10**6}
+FLOPS = {"TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6}
 
 
 @click.command("plan-cp")
@@ -129,7 +129,8 @@ class _Plans:
     @property
     def choice(self) -> str:
         """What auto chose and why."""
-        unit = "TFLOP" if max(self.costs.values()) >= FLOPS["TFLOP"] else "MFLOP"
+        most = max(self.costs.values())
+        unit = next((unit for unit, size in FLOPS.items() if most >= size), "MFLOP")
         costs = ", ".join(f"{name} {cost / FLOPS[unit]:,.3f}" for name, cost in self.costs.items())
         return (
             f"auto: {self.chosen.name}, by predicted cost of the slowest rank with {self.comm_type}, in {unit} "
