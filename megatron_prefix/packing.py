@@ -191,7 +191,7 @@ def pack_groups(
         ValueError: no groups, a group with more rows than the limit, or sampler log-probs in some groups only.
     """
     trees = check_pack_limit(groups, max_tokens_per_pack, repeated=repeated)
-    _check_sampler_log_probs(groups, trees)
+    check_sampler_log_probs(groups)
     packs: list[list[RolloutTree]] = []
     free = 0
     for tree in trees:
@@ -204,15 +204,25 @@ def pack_groups(
     return [_build_pack(members, normalize_std, repeated) for members in packs]
 
 
-def _check_sampler_log_probs(groups: Sequence[RolloutGroup | RolloutTree], trees: Sequence[RolloutTree]) -> None:
-    """All of a batch or none of it: packs with and without them have different metrics, and importance weights."""
-    known = [(node.log_probs is not None, i) for i, tree in enumerate(trees) for node in tree.nodes if node.rollouts]
+def check_sampler_log_probs(groups: Sequence[RolloutGroup | RolloutTree]) -> None:
+    """All of a batch or none of it: packs with and without them have different metrics, and importance weights.
+
+    Raises:
+        ValueError: some rollouts have them and others do not; names the first group that lacks them.
+    """
+    known = [(given, i) for i, group in enumerate(groups) for given in _have_log_probs(group)]
     if len({given for given, _ in known}) > 1:
         missing = next(i for given, i in known if not given)
         raise ValueError(
             f"group {group_name(groups[missing], missing)} lacks sampler log_probs that others have; give them for all "
             "rollouts or for none"
         )
+
+
+def _have_log_probs(group: RolloutGroup | RolloutTree) -> list[bool]:
+    if isinstance(group, RolloutTree):
+        return [node.log_probs is not None for node in group.nodes if node.rollouts]
+    return [group.log_probs is not None]
 
 
 def repeated_packs(groups: Sequence[RolloutGroup | RolloutTree], *, normalize_std: bool = True) -> list[Pack]:

@@ -9,7 +9,11 @@ Plain Python on lengths and tokens: every rank and pipeline stage builds the sam
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from megatron_prefix.layout import PartLayout, PrefixLayout
 from megatron_prefix.loss import group_advantages
@@ -18,6 +22,7 @@ from megatron_prefix.packing import (
     PackRows,
     RolloutTree,
     SharedPrefix,
+    check_sampler_log_probs,
     group_name,
     node_rows,
     num_rows,
@@ -26,43 +31,118 @@ from megatron_prefix.packing import (
 from megatron_prefix.rollout_group import RolloutGroup
 
 
-def pack_and_split(
-    groups: Sequence[RolloutGroup | RolloutTree], *, max_tokens_per_pack: int, normalize_std: bool = True
-) -> list[Pack]:
-    """Micro-batches of a step: groups that fit packed as by `pack_groups`, larger ones split.
+@dataclass(frozen=True)
+class Split:
+    """How a group that does not fit a micro-batch is cut.
 
-    Each split group is its prefix's pack, directly followed by its parts; whole groups come last.
+    Attributes:
+        tree: the group.
+        prefix: its nodes that are encoded once, in order; a plain group's prompt.
+        parts: the other nodes, by micro-batch.
+    """
+
+    tree: RolloutTree
+    prefix: list[int]
+    parts: list[list[int]]
+
+
+def plan_splits(
+    groups: Sequence[RolloutGroup | RolloutTree], *, max_tokens_per_pack: int | None, num_parts: int = 1
+) -> list[Split | None]:
+    """How `pack_and_split` cuts each group; None for those that fit a micro-batch. Builds no pack.
 
     Raises:
-        ValueError: no groups, a limit below 1, or a response or a prefix that is itself over the limit.
+        ValueError: as `pack_and_split`.
     """
     if not groups:
         raise ValueError("there is nothing to pack: no rollout groups were given")
-    if max_tokens_per_pack < 1:
+    if max_tokens_per_pack is not None and max_tokens_per_pack < 1:
         raise ValueError(f"max_tokens_per_pack must be at least 1, got {max_tokens_per_pack}")
-    packs: list[Pack] = []
-    whole = []
+    if num_parts < 1:
+        raise ValueError(f"num_parts must be at least 1, got {num_parts}")
+    splits: list[Split | None] = []
     for i, group in enumerate(groups):
         tree = group if isinstance(group, RolloutTree) else RolloutTree.from_group(group)
-        if num_rows(tree) <= max_tokens_per_pack:
-            whole.append(group)
+        if max_tokens_per_pack is None or num_rows(tree) <= max_tokens_per_pack:
+            splits.append(None)
         else:
-            packs += _split(tree, max_tokens_per_pack, normalize_std, group_name(group, i))
+            splits.append(_cut(tree, max_tokens_per_pack, num_parts, group_name(group, i)))
+    return splits
+
+
+def pack_and_split(
+    groups: Sequence[RolloutGroup | RolloutTree],
+    *,
+    max_tokens_per_pack: int | None,
+    normalize_std: bool = True,
+    num_parts: int = 1,
+) -> list[Pack]:
+    """Micro-batches of a step: groups that fit packed as by `pack_groups`, larger ones split.
+
+    Each split group is its prefix's pack, directly followed by its parts; whole groups come last. `pair_order` finds
+    the pairs again.
+
+    Args:
+        groups: prefix groups, or rollout trees for multi-turn trajectories.
+        max_tokens_per_pack: most rows of one micro-batch; None puts everything into one.
+        normalize_std: see `pack_groups`.
+        num_parts: parts of a split group to aim at, of as even size as the order of the responses allows. The limit
+            may make more of them; 1 fills as few as it allows.
+
+    Raises:
+        ValueError: no groups, a limit or number of parts below 1, a response or a prefix that is itself over the
+            limit, or sampler log-probs in some groups only.
+    """
+    splits = plan_splits(groups, max_tokens_per_pack=max_tokens_per_pack, num_parts=num_parts)
+    check_sampler_log_probs(groups)
+    packs = [pack for split in splits if split is not None for pack in _packs_of(split, normalize_std)]
+    whole = [group for group, split in zip(groups, splits, strict=True) if split is None]
     if whole:
         packs += pack_groups(whole, max_tokens_per_pack=max_tokens_per_pack, normalize_std=normalize_std)
     return packs
 
 
-def _split(tree: RolloutTree, limit: int, normalize_std: bool, name: str) -> list[Pack]:
-    prefix, parts = _cut(tree, limit, name)
-    builder = _Builder(tree, prefix, parts, group_advantages(tree.rewards, normalize_std=normalize_std))
-    packs = [builder.part(n) for n in range(len(parts))]
+def pair_order(groups: Sequence[RolloutGroup | RolloutTree], *, max_tokens_per_pack: int | None) -> Tensor:
+    """Where the pairs of the groups, in order of group, rollout and token, stand among those of `pack_and_split`.
+
+    Returns:
+        int64 [pairs]: ``torch.cat(values of each pack's pairs)[pair_order(...)]`` has the order of `pack_groups` and
+        `repeated_packs`, whatever was split.
+
+    Raises:
+        ValueError: as `pack_and_split`.
+    """
+    splits = plan_splits(groups, max_tokens_per_pack=max_tokens_per_pack)
+    found: dict[tuple[int, int], list[int]] = {}
+    first = 0
+    for i in split_first(splits):
+        split = splits[i]
+        if split is None:
+            group = groups[i]
+            tree = group if isinstance(group, RolloutTree) else RolloutTree.from_group(group)
+            packs = [list(range(len(tree.nodes)))]
+        else:
+            tree, packs = split.tree, [split.prefix, *split.parts]
+        for nodes in packs:
+            for rollout, count in sorted(_trained(tree, nodes).items()):
+                found.setdefault((i, rollout), []).extend(range(first, first + count))
+                first += count
+    return torch.tensor([at for _, pairs in sorted(found.items()) for at in pairs], dtype=torch.long)
+
+
+def split_first(splits: Sequence[Split | None]) -> list[int]:
+    """Indices of the groups in the order of their packs."""
+    return sorted(range(len(splits)), key=lambda i: splits[i] is None)
+
+
+def _packs_of(split: Split, normalize_std: bool) -> list[Pack]:
+    builder = _Builder(split, group_advantages(split.tree.rewards, normalize_std=normalize_std))
+    packs = [builder.part(n) for n in range(len(split.parts))]
     # A prompt of one token shares no row, and its parts then stand alone.
     return [builder.prefix_pack(), *packs] if builder.cached.num_rows else packs
 
 
-def _cut(tree: RolloutTree, limit: int, name: str) -> tuple[list[int], list[list[int]]]:
-    """Nodes of the prefix, and of each part."""
+def _cut(tree: RolloutTree, limit: int, num_parts: int, name: str) -> Split:
     below = _subtree_rows(tree)
     prefix = [i for i in range(len(tree.nodes)) if below[i] > limit]
     leaves = set(range(len(tree.nodes))) - {node.parent for node in tree.nodes}
@@ -78,7 +158,23 @@ def _cut(tree: RolloutTree, limit: int, name: str) -> tuple[list[int], list[list
         raise ValueError(
             f"group {name}: its prefix has {shared} rows, max_tokens_per_pack is {limit}; raise it to at least {shared}"
         )
-    return prefix, _fill_parts(tree, set(prefix), below, limit)
+    parts = _fill_parts(tree, set(prefix), below, limit)
+    if len(parts) < num_parts:
+        parts = _even_parts(tree, set(prefix), below, num_parts)
+    return Split(tree, prefix, parts)
+
+
+def _even_parts(tree: RolloutTree, prefix: set[int], below: list[int], num_parts: int) -> list[list[int]]:
+    """Subtrees under the prefix, in order, in at most ``num_parts`` parts, the largest as small as that allows."""
+    subtrees = [below[i] for i, node in enumerate(tree.nodes) if i not in prefix and node.parent in prefix]
+    low, high = max(subtrees), sum(subtrees)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_fill_parts(tree, prefix, below, middle)) <= num_parts:
+            high = middle
+        else:
+            low = middle + 1
+    return _fill_parts(tree, prefix, below, low)
 
 
 def _fill_parts(tree: RolloutTree, prefix: set[int], below: list[int], limit: int) -> list[list[int]]:
@@ -104,30 +200,32 @@ def _subtree_rows(tree: RolloutTree) -> list[int]:
     return rows
 
 
-class _Builder:
-    """Builds the packs of one split tree. In a tree, a rollout's trained tokens may be in the prefix and in one part."""
+def _trained(tree: RolloutTree, nodes: Iterable[int]) -> dict[int, int]:
+    """Trained tokens of every rollout that has some in these nodes."""
+    counts: Counter[int] = Counter()
+    for node in (tree.nodes[i] for i in nodes):
+        kept = len(node.tokens) if node.loss_mask is None else sum(map(bool, node.loss_mask))
+        if kept:
+            counts.update(dict.fromkeys(node.rollouts, kept))
+    return dict(counts)
 
-    def __init__(self, tree: RolloutTree, prefix: list[int], parts: list[list[int]], advantages: list[float]) -> None:
-        self.tree, self.prefix, self.parts, self.advantages = tree, prefix, parts, advantages
+
+class _Builder:
+    """Builds the packs of one split tree. A rollout's trained tokens may be in the prefix and in one part."""
+
+    def __init__(self, split: Split, advantages: list[float]) -> None:
+        self.tree, self.prefix, self.parts, self.advantages = split.tree, split.prefix, split.parts, advantages
+        tree, prefix = split.tree, split.prefix
         position = {i: s for s, i in enumerate(prefix)}
         self.position = position
         self.cached = PrefixLayout(
             [len(node_rows(tree, i)) for i in prefix], [position.get(tree.nodes[i].parent, -1) for i in prefix]
         )
         self.shared = SharedPrefix(self.cached.num_rows) if self.cached.num_rows else None
-        self.trained = [self._trained(nodes) for nodes in (prefix, *parts)]
+        self.trained = [_trained(tree, nodes) for nodes in (prefix, *split.parts)]
         self.lengths = [sum(counts.get(r, 0) for counts in self.trained) for r in range(len(tree.rewards))]
         # Where a rollout is counted in the batch: the last pack with trained tokens of it.
         self.home = {rollout: n for n, counts in enumerate(self.trained) for rollout in counts}
-
-    def _trained(self, nodes: list[int]) -> dict[int, int]:
-        """Trained tokens of every rollout that has some in these nodes."""
-        counts: Counter[int] = Counter()
-        for node in (self.tree.nodes[i] for i in nodes):
-            kept = len(node.tokens) if node.loss_mask is None else sum(map(bool, node.loss_mask))
-            if kept:
-                counts.update(dict.fromkeys(node.rollouts, kept))
-        return dict(counts)
 
     def prefix_pack(self) -> Pack:
         """The rows of the prefix, whose keys the parts read."""
