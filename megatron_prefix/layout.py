@@ -240,6 +240,12 @@ class PartLayout(PrefixLayout):
                 by_level.setdefault(self.levels[i], []).append(AncestorRange(q_start, q_end, start, start + count))
         return tuple(tuple(by_level[level]) for level in sorted(by_level))
 
+    @cached_property
+    def whole(self) -> PrefixLayout:
+        """The tree with the rows of the cached segments too."""
+        lengths = [own + cached for own, cached in zip(self.lengths, self.cached_lengths, strict=True)]
+        return PrefixLayout(lengths, self.parents)
+
     @property
     def num_cached_rows(self) -> int:
         """Least number of rows that the cache must have."""

@@ -41,8 +41,8 @@ class BatchTotals:
 class RolloutPairs:
     """Which trained row of a pack belongs to which rollout. Build it on the host; ``to`` uploads it.
 
-    A rollout is whole in its pack: all its trained rows are there, so ``lengths`` counts its pairs. Only in a split tree
-    (see `splitting`) may others be in another pack of the step.
+    A rollout is whole in its pack: all its trained rows are there, so ``lengths`` counts its pairs. Only in a split
+    tree (see `splitting`) may others be in another pack of the step.
 
     Args:
         row: int64 [M], index of a row among the pack's N log-probs. Rows that are not trained stand in no pair.

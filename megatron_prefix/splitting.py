@@ -240,28 +240,21 @@ class _Builder:
         return self._pack(rows, self.cached, 0)
 
     def part(self, number: int) -> Pack:
-        """Part ``number``: its nodes, below those of the prefix that they descend from."""
+        """Part ``number``: its nodes, below those of the prefix."""
         nodes = self.parts[number]
-        above = {i for node in nodes for i in self._ancestors(node)} & self.position.keys()
         rows = PackRows()
         numbers = self._numbers(number + 1)
         segments: dict[int, int] = {-1: -1}
         lengths, starts = [], []
-        for i in sorted([*above, *nodes]):
+        for i in sorted([*self.prefix, *nodes]):
             parent = segments[self.tree.nodes[i].parent]
-            if i in above:
+            if i in self.position:
                 segments[i] = rows.add_prompt(parent, [])
             else:
                 segments[i] = rows.add_node(parent, self.tree, i, numbers)
-            lengths.append(self.cached.lengths[self.position[i]] if i in above else 0)
-            starts.append(self.cached.starts[self.position[i]] if i in above else 0)
+            lengths.append(self.cached.lengths[self.position[i]] if i in self.position else 0)
+            starts.append(self.cached.starts[self.position[i]] if i in self.position else 0)
         return self._pack(rows, PartLayout(rows.lengths, rows.parents, lengths, starts), number + 1)
-
-    def _ancestors(self, node: int) -> list[int]:
-        found = []
-        while (node := self.tree.nodes[node].parent) >= 0:
-            found.append(node)
-        return found
 
     def _numbers(self, pack: int) -> dict[int, int]:
         """Number in the pack of each rollout that is trained there."""

@@ -220,7 +220,7 @@ CASES: dict[str, Case] = {
     ),
     "reference over ranks": (
         lambda f: f.train("--impl", "reference", "--cp", "2"),
-        "impl='reference' holds the whole mask and cannot be split over ranks; use impl='auto'",
+        "impl='reference' holds the whole mask and cannot be split over ranks or parts; use 'auto'",
     ),
     # ---- outputs
     "save in a file": (

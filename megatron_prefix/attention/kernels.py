@@ -77,7 +77,7 @@ def kernel_named(impl: str) -> Kernel:
         ValueError: "reference", which is none.
     """
     if impl == "reference":
-        raise ValueError("impl='reference' holds the whole mask and cannot be split over ranks; use impl='auto'")
+        raise ValueError("impl='reference' holds the whole mask and cannot be split over ranks or parts; use 'auto'")
     return KERNELS[impl]
 
 

@@ -9,6 +9,7 @@ That also holds under activation recompute, where K and V inside a checkpointed 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,6 +75,35 @@ class PrefixCache:
             _, key, value = fit_kernel(k, k.detach(), v.detach(), kernel)
             # A copy: what the layer returns may be freed, or overwritten by an in-place rotary embedding.
             self._layers[layer] = CachedKeys(key.clone(), value.clone())
+
+
+@dataclass(frozen=True)
+class SplitLayer:
+    """One layer's part in a micro-batch of a split group.
+
+    Attributes:
+        cache: of the group's prefix.
+        number: of the layer.
+        reads: whether the micro-batch is a part, which reads keys; else it is the prefix, whose keys leave.
+        keys_only: whether the prefix needs nothing of this layer but its keys.
+    """
+
+    cache: PrefixCache
+    number: int
+    reads: bool
+    keys_only: bool = False
+
+    def export(self, k: Tensor, v: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+        """See `PrefixCache.export`."""
+        return self.cache.export(self.number, k, v, kernel)
+
+    def export_only(self, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
+        """See `PrefixCache.export_only`."""
+        return self.cache.export_only(self.number, k, v, kernel)
+
+    def keys(self) -> CachedKeys:
+        """See `PrefixCache.keys`."""
+        return self.cache.keys(self.number)
 
 
 class _Export(torch.autograd.Function):

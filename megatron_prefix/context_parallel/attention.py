@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_prefix.attention.calls import AttentionCalls, Rows, VarlenCall
-from megatron_prefix.attention.grouped import fit_kernel
+from megatron_prefix.attention.grouped import CachedKeys, fit_kernel
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.attention.merge import merge_into
+from megatron_prefix.attention.prefix_cache import SplitLayer
 from megatron_prefix.collectives import (
     Group,
     Pending,
@@ -35,6 +36,7 @@ from megatron_prefix.collectives import (
 )
 from megatron_prefix.context_parallel.comm_types import Heads, HeadSplit, check_comm_type
 from megatron_prefix.context_parallel.plan import CpPlan
+from megatron_prefix.layout import PartLayout
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,14 @@ class RingStep:
 
 @dataclass(frozen=True)
 class RingCalls:
-    """Kernel calls of one rank: those on its own rows, and those of every step."""
+    """Kernel calls of one rank: those on its own rows (and its cached keys), and those of every step.
+
+    ``key_order`` is int64 [key rows]: see `CpPlan.key_order`; None where the rank's keys are those of its own rows.
+    """
 
     own: AttentionCalls
     steps: tuple[RingStep, ...]
+    key_order: Tensor | None = None
 
     @classmethod
     def build(cls, plan: CpPlan, rank: int, device: torch.device) -> RingCalls:
@@ -71,7 +77,27 @@ class RingCalls:
                 for call in read.calls
             )
             steps.append(RingStep(dst, src, Rows.build(sent.rows, device) if sent.rows else None, read.num_rows, calls))
-        return cls(AttentionCalls.build(plan.local_layouts[rank], device), tuple(steps))
+        own = AttentionCalls.build(plan.local_layouts[rank], device)
+        order = (
+            torch.tensor(plan.key_order(rank), dtype=torch.long).to(device)
+            if isinstance(own.layout, PartLayout)
+            else None
+        )
+        return cls(own, tuple(steps), order)
+
+    def all_keys(self, own: Tensor, cached: Tensor | None) -> Tensor:
+        """The rank's key rows in tree order: its own, and those in its cache."""
+        return own if self.key_order is None or cached is None else torch.cat([cached, own])[self.key_order]
+
+    def add_all(self, grad: Tensor, own: Tensor, cached: Tensor | None) -> None:
+        """Add gradients of `all_keys` to those of its own rows and of those in its cache, in place."""
+        if self.key_order is None or cached is None:
+            own += grad
+            return
+        together = torch.empty_like(grad)
+        together[self.key_order] = grad
+        cached += together[: len(cached)]
+        own += together[len(cached) :]
 
 
 @dataclass
@@ -131,7 +157,14 @@ class CpShare:
 
 
 def context_parallel_attention(
-    q: Tensor, k: Tensor, v: Tensor, share: CpShare, comm_type: str, softmax_scale: float, kernel: Kernel
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    share: CpShare,
+    comm_type: str,
+    softmax_scale: float,
+    kernel: Kernel,
+    split: SplitLayer | None = None,
 ) -> Tensor:
     """Attention of this rank's rows, differentiable.
 
@@ -141,23 +174,30 @@ def context_parallel_attention(
         comm_type: one of `comm_types.COMM_TYPES`.
         softmax_scale: factor of the scores.
         kernel: computes every call.
+        split: of a split group: its layer's keys are kept in, or read from, a cache, with the rows and heads that this
+            rank computes.
 
     Returns:
-        [T_r, Hq, D].
+        [T_r, Hq, D]; without rows where ``split`` says that the layer only exports keys.
 
     Raises:
         ValueError: an unknown comm_type, groups or heads that do not fit it, or tensors that the kernel refuses.
     """
     inner, outer = share.groups(comm_type)
-    width = v.shape[-1]
+    heads, width = q.shape[1], v.shape[-1]
     q, k, v = fit_kernel(q, k, v, kernel)
     size = group_size(inner)
     swap = None
     if size > 1:
         swap = HeadSwap(share, inner, q.shape[1], k.shape[1])
         q, k, v = swap.to_heads(q, swap.query_heads), swap.to_heads(k, swap.key_heads), swap.to_heads(v, swap.key_heads)
+    if split is not None and split.keys_only:
+        return split.export_only(k, v, kernel).reshape(0, heads, width)
+    if split is not None and not split.reads:
+        k, v = split.export(k, v, kernel)
+    cached = split.keys() if split is not None and split.reads else None
     ring = Ring(share.ring(size), outer, comm_type == "all_gather", share.traffic)
-    out = _RingAttention.apply(q.contiguous(), k, v, ring, softmax_scale, kernel)
+    out = _RingAttention.apply(q.contiguous(), k, v, ring, softmax_scale, kernel, cached)
     return (out if swap is None else swap.to_rows(out))[..., :width]
 
 
@@ -309,34 +349,55 @@ class GradientsInFlight:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring, softmax_scale: float, kernel: Kernel) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ring: Ring,
+        softmax_scale: float,
+        kernel: Kernel,
+        cached: CachedKeys | None,
+    ) -> Tensor:
         calls = ring.calls
-        keys = ring.keys(k, v)
+        keys = _start(ring, k, v, cached)
         out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=_sum_dtype(q))
         if q.shape[0]:
             out, lse = kernel.forward(q, k, v, calls.own.own, softmax_scale)
         for call in calls.own.ancestors:
             merge_into(out, lse, call.q, kernel.forward(q, k, v, call, softmax_scale))
+        if cached is not None:
+            for call in calls.own.cached:
+                merge_into(out, lse, call.q, kernel.forward(q, cached.k, cached.v, call, softmax_scale))
         for i, step in enumerate(calls.steps):
             step_k, step_v = keys.wait(i, k.shape[-1])
             for call in step.calls:
                 merge_into(out, lse, call.q, kernel.forward(q, step_k, step_v, call, softmax_scale))
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring, ctx.softmax_scale, ctx.kernel = ring, softmax_scale, kernel
+        ctx.ring, ctx.softmax_scale, ctx.kernel, ctx.cached = ring, softmax_scale, kernel, cached
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        calls = ctx.ring.calls
+        calls, cached = ctx.ring.calls, ctx.cached
         dout = dout.contiguous()
-        keys = ctx.ring.keys(k, v)
+        keys = _start(ctx.ring, k, v, cached)
         dq, dk, dv = (torch.zeros_like(x, dtype=_sum_dtype(q)) for x in (q, k, v))
         own = (calls.own.own, *calls.own.ancestors) if q.shape[0] else ()
         for call in own:
             ctx.kernel.backward((dq, dk, dv), dout, (q, k, v), out, lse, call, ctx.softmax_scale)
-        back = ctx.ring.gradients(dk, dv)
+        sums: tuple[Tensor | None, Tensor | None] = (None, None)
+        all_dk, all_dv = dk, dv
+        if cached is not None:
+            sums = cached.gradients()
+            for call in calls.own.cached:
+                grads, qkv = (dq, *sums), (q, cached.k, cached.v)
+                ctx.kernel.backward(grads, dout, qkv, out, lse, call, ctx.softmax_scale)
+            # Keys that this rank sent lie in its own rows and in its cache.
+            all_dk, all_dv = (torch.zeros_like(calls.all_keys(x, y)) for x, y in zip((dk, dv), sums, strict=True))
+        back = ctx.ring.gradients(all_dk, all_dv)
         for i, step in enumerate(calls.steps):
             step_k, step_v = keys.wait(i, k.shape[-1])
             step_dk, step_dv = (torch.zeros_like(x, dtype=_sum_dtype(q)) for x in (step_k, step_v))
@@ -345,7 +406,17 @@ class _RingAttention(torch.autograd.Function):
                 ctx.kernel.backward(grads, dout, qkv, out, lse, call, ctx.softmax_scale)
             back.send(step, torch.cat([step_dk, step_dv], dim=-1).to(k.dtype))
         back.finish(torch.cat([k[:0], v[:0]], dim=-1))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        if cached is not None:
+            calls.add_all(all_dk, dk, sums[0])
+            calls.add_all(all_dv, dv, sums[1])
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _start(ring: Ring, k: Tensor, v: Tensor, cached: CachedKeys | None) -> KeysInFlight:
+    """Start sending the rank's keys, those in its cache included."""
+    if cached is None:
+        return ring.keys(k, v)
+    return ring.keys(ring.calls.all_keys(k, cached.k), ring.calls.all_keys(v, cached.v))
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

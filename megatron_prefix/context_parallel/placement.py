@@ -11,7 +11,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import NamedTuple
 
-from megatron_prefix.layout import PrefixLayout
+from megatron_prefix.layout import PartLayout, PrefixLayout
 
 PLACEMENTS = ("dual_chunk_swap", "branch")
 
@@ -34,6 +34,8 @@ Placement = tuple[tuple[Piece, ...], ...]
 def place(layout: PrefixLayout, cp_size: int, placement: str) -> Placement:
     """The pieces of every rank. Every row is in exactly one piece; a rank may own no row of a segment, or none at all.
 
+    Of a part of a split group, the rows in the cache are placed too, as the prefix's pack was: in dual chunks.
+
     Raises:
         ValueError: an unknown placement, or a size below 1.
     """
@@ -43,6 +45,9 @@ def place(layout: PrefixLayout, cp_size: int, placement: str) -> Placement:
         raise ValueError(f"unknown placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
     pieces: list[list[Piece]] = [[] for _ in range(cp_size)]
     inner = set(layout.parents)
+    if isinstance(layout, PartLayout):
+        inner |= {segment for segment, length in enumerate(layout.cached_lengths) if length}
+        layout = layout.whole
     whole = []
     for segment, length in enumerate(layout.lengths):
         if placement == "branch" and segment not in inner:

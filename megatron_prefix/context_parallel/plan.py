@@ -2,19 +2,23 @@
 
 Made from lengths alone, without torch or process groups; execution follows it, and tests hold it to a brute-force mask.
 
-A rank's own rows keep their tree: they are a pack of their own with shorter segments (`CpPlan.local_layout`), whose
+A rank's own rows keep their tree: they are a pack of their own with shorter segments (`CpPlan.local_layouts`), whose
 attention is the part that needs no communication. What a rank reads from another is, per segment, a prefix of the
 other's rows of it: all of them where it owns descendants of the segment, else those before its own last piece.
+
+In a part of a split group the ancestors' rows are keys without queries: each rank has those in its cache that it owned
+when the prefix ran, and they are read and sent like keys of its own rows (`CpPlan.key_layouts`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from megatron_prefix.context_parallel.placement import Piece, Placement, area, place
-from megatron_prefix.layout import AncestorRange, PrefixLayout
+from megatron_prefix.layout import AncestorRange, PartLayout, PrefixLayout
 
 Range = tuple[int, int]
 
@@ -82,13 +86,22 @@ class CpPlan:
     def rows(self, rank: int) -> list[int]:
         """Rows of the pack that ``rank`` owns, in its own order (ascending)."""
         starts = self.layout.starts
-        return [
-            row for p in self.placement[rank] for row in range(starts[p.segment] + p.start, starts[p.segment] + p.end)
-        ]
+        return [row for p in self._own(rank) for row in range(starts[p.segment] + p.start, starts[p.segment] + p.end)]
 
     @cached_property
-    def local_layouts(self) -> tuple[PrefixLayout, ...]:
-        """For each rank its rows as a pack of their own: the same tree with the lengths of its pieces."""
+    def _cached(self) -> tuple[bool, ...]:
+        """For each segment, whether its rows are keys in a cache."""
+        if isinstance(self.layout, PartLayout):
+            return tuple(length > 0 for length in self.layout.cached_lengths)
+        return (False,) * len(self.layout)
+
+    def _own(self, rank: int) -> list[Piece]:
+        """Pieces of ``rank`` whose rows are in the pack."""
+        return [piece for piece in self.placement[rank] if not self._cached[piece.segment]]
+
+    @cached_property
+    def key_layouts(self) -> tuple[PrefixLayout, ...]:
+        """For each rank its key rows as a pack of their own: the same tree with the lengths of its pieces."""
         layouts = []
         for pieces in self.placement:
             lengths = [0] * len(self.layout)
@@ -97,13 +110,39 @@ class CpPlan:
             layouts.append(PrefixLayout(lengths, self.layout.parents))
         return tuple(layouts)
 
+    @cached_property
+    def local_layouts(self) -> tuple[PrefixLayout, ...]:
+        """For each rank its rows as a pack of their own; of a part, with the keys in the rank's cache."""
+        if not any(self._cached):
+            return self.key_layouts
+        layouts = []
+        for keys in self.key_layouts:
+            cached = [n if c else 0 for n, c in zip(keys.lengths, self._cached, strict=True)]
+            own = [n - c for n, c in zip(keys.lengths, cached, strict=True)]
+            # The prefix's pack has the same segments in the same order, so its local rows start where these do.
+            starts = [s if n else 0 for s, n in zip(accumulate(cached, initial=0), cached, strict=False)]
+            layouts.append(PartLayout(own, self.layout.parents, cached, starts))
+        return tuple(layouts)
+
+    def key_order(self, rank: int) -> list[int]:
+        """For each key row of ``rank``, in tree order, its place among its cached rows followed by its own."""
+        local = self.local_layouts[rank]
+        cached = local.cached_lengths if isinstance(local, PartLayout) else (0,) * len(local)
+        places: list[int] = []
+        next_cached, next_own = 0, sum(cached)
+        for own, behind in zip(local.lengths, cached, strict=True):
+            places += [*range(next_cached, next_cached + behind), *range(next_own, next_own + own)]
+            next_cached += behind
+            next_own += own
+        return places
+
     def area(self, rank: int) -> int:
         """(query, key) pairs that ``rank`` computes, its own and those with keys from others."""
-        return sum(area(self.layout, piece) for piece in self.placement[rank])
+        return sum(area(self.layout, piece) for piece in self._own(rank))
 
     def remote(self, rank: int, source: int) -> Remote:
         """What ``rank`` reads from ``source`` (another rank)."""
-        mine, theirs = self.local_layouts[rank], self.local_layouts[source]
+        mine, theirs = self.local_layouts[rank], self.key_layouts[source]
         rows: list[Range] = []
         own: dict[int, list[AncestorRange]] = {}
         by_level: dict[int, list[AncestorRange]] = {}
@@ -136,11 +175,12 @@ class CpPlan:
     def _reach(self) -> list[list[int]]:
         """For each rank and segment the row before which the rank reads others' keys."""
         reach = []
-        for pieces, mine in zip(self.placement, self.local_layouts, strict=True):
+        whole = self.layout.whole if isinstance(self.layout, PartLayout) else self.layout
+        for rank, mine in enumerate(self.local_layouts):
             last = [0] * len(self.layout)
-            for piece in pieces:
+            for piece in self._own(rank):
                 last[piece.segment] = piece.start
-            for segment, length in enumerate(self.layout.lengths):
+            for segment, length in enumerate(whole.lengths):
                 if mine.subtree_ends[segment] > mine.starts[segment + 1]:
                     last[segment] = length
             reach.append(last)
@@ -151,7 +191,7 @@ class CpPlan:
         theirs = [piece for piece in self.placement[source] if piece.segment == segment]
         rectangles: list[AncestorRange] = []
         row = self.local_layouts[rank].starts[segment]
-        for piece in self.placement[rank]:
+        for piece in self._own(rank):
             if piece.segment != segment:
                 continue
             count = piece.end - piece.start
@@ -207,7 +247,7 @@ class CpPlan:
 
     def response_rows(self, rank: int) -> int:
         """Rows of ``rank`` in segments below a root: those that can have a target."""
-        return sum(p.end - p.start for p in self.placement[rank] if self.layout.parents[p.segment] >= 0)
+        return sum(p.end - p.start for p in self._own(rank) if self.layout.parents[p.segment] >= 0)
 
 
 __all__ = ["CpPlan", "Piece", "Remote"]

@@ -135,16 +135,12 @@ def _packed_params(
             "this pack is part of a split group, whose prefix has no keys here; run the step's packs by "
             "forward_backward_prefix_groups"
         )
-    if pack.prefix is not None and inner.config.context_parallel_size > 1:
-        raise ValueError(
-            f"split groups are not implemented under context parallelism (cp={inner.config.context_parallel_size}); "
-            "use cp=1, or a max_tokens_per_pack that fits the group"
-        )
     packed = PrefixPackedSeqParams.build(
         pack.layout,
         device,
         multiple_of=inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1,
-        cp=_context_parallel(inner, cp_placement, cp_traffic),
+        # Every part expects the prefix in dual chunks, which both placements cut a segment with children into.
+        cp=_context_parallel(inner, "dual_chunk_swap" if pack.is_prefix else cp_placement, cp_traffic),
         content=zlib.crc32(pack.tokens.numpy().tobytes()),
     )
     packed.prefix_cache = None if pack.prefix is None else pack.prefix.cache

@@ -15,9 +15,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_prefix.attention import KERNELS, grouped_attention, kernel_named, reference_attention
+from megatron_prefix.attention import grouped_attention, kernel_named, reference_attention
 from megatron_prefix.attention.calls import AttentionCalls
-from megatron_prefix.attention.prefix_cache import PrefixCache
+from megatron_prefix.attention.prefix_cache import PrefixCache, SplitLayer
 from megatron_prefix.collectives import Group, Traffic, all_gather_ints, group_size
 from megatron_prefix.context_parallel.attention import CpShare, context_parallel_attention
 from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
@@ -191,21 +191,22 @@ class PrefixPackedSeqParams(PackedSeqParams):
         Raises:
             ValueError: what the kernel or the exchange of context parallelism cannot do.
         """
-        if self.prefix_cache is not None:
-            return self._attend_split(q, k, v, layer, self.prefix_cache)
-        if self.share is not None:
-            kernel = kernel_named(layer.impl)
-            return context_parallel_attention(q, k, v, self.share, layer.cp_comm_type, layer.softmax_scale, kernel)
-        if layer.impl == "reference":
+        split = self._split_layer(layer.number)
+        if layer.impl == "reference" and self.share is None and split is None:
             return reference_attention(q, k, v, self.layout, layer.softmax_scale)
-        return grouped_attention(q, k, v, self.calls, layer.softmax_scale, KERNELS[layer.impl])
+        kernel, scale = kernel_named(layer.impl), layer.softmax_scale
+        if self.share is not None:
+            return context_parallel_attention(q, k, v, self.share, layer.cp_comm_type, scale, kernel, split)
+        if split is None:
+            return grouped_attention(q, k, v, self.calls, scale, kernel)
+        if split.keys_only:
+            return split.export_only(k, v, kernel).reshape(0, q.shape[1], v.shape[2])
+        if split.reads:
+            return grouped_attention(q, k, v, self.calls, scale, kernel, split.keys())
+        return grouped_attention(q, *split.export(k, v, kernel), self.calls, scale, kernel)
 
-    def _attend_split(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerSettings, cache: PrefixCache) -> Tensor:
-        """A prefix's pack, whose keys leave, or a part, which reads them."""
-        kernel = KERNELS[layer.impl]
-        if isinstance(self.layout, PartLayout):
-            return grouped_attention(q, k, v, self.calls, layer.softmax_scale, kernel, cache.keys(layer.number))
-        if layer.number == self.keys_only_layer:
-            return cache.export_only(layer.number, k, v, kernel).reshape(0, q.shape[1], v.shape[2])
-        k, v = cache.export(layer.number, k, v, kernel)
-        return grouped_attention(q, k, v, self.calls, layer.softmax_scale, kernel)
+    def _split_layer(self, number: int) -> SplitLayer | None:
+        if self.prefix_cache is None:
+            return None
+        reads = isinstance(self.layout, PartLayout)
+        return SplitLayer(self.prefix_cache, number, reads, number == self.keys_only_layer)
