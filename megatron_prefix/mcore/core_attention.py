@@ -90,7 +90,11 @@ class PrefixCoreAttention(MegatronModule):
         scale = resolve_scale(self.softmax_scale, q.shape[-1])
         layer = LayerSettings(self.layer_number, scale, resolve_impl(self.impl, q.device), self.cp_comm_type)
         out = packed.attend(q[:rows], k[:rows], v[:rows], layer)
-        if packed.keys_only_layer != self.layer_number:
+        if packed.keys_only_layer == self.layer_number:
+            # Part of the graph all the same: under recompute, queries without a gradient would leave the parameters of
+            # their norm without one, and an overlapped reduction refuses that.
+            out = out + query[:0].sum()
+        else:
             out = pad(out, (0, 0, 0, 0, 0, packed.num_padded_rows - rows))
         return out.reshape(out.shape[0], 1, out.shape[1] * out.shape[2])
 
