@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec, with_prefix_attention
     from megatron_prefix.mcore.log_probs import response_log_probs
     from megatron_prefix.mcore.packed import PrefixPackedSeqParams
-    from megatron_prefix.packing import Pack, RolloutTree, TreeNode, pack_groups
+    from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
+    from megatron_prefix.packing import Pack, pack_groups
+    from megatron_prefix.rollout_tree import RolloutTree, TreeNode
     from megatron_prefix.rollouts import RolloutGroup, read_rollouts, write_rollouts
+    from megatron_prefix.splitting import pack_and_split
 
 _MODULES = {
     "BatchTotals": "loss",
@@ -27,9 +30,11 @@ _MODULES = {
     "PrefixPackedSeqParams": "mcore.packed",
     "RolloutGroup": "rollouts",
     "RolloutPairs": "loss",
-    "RolloutTree": "packing",
-    "TreeNode": "packing",
+    "RolloutTree": "rollout_tree",
+    "TreeNode": "rollout_tree",
+    "forward_backward_prefix_groups": "mcore.schedule",
     "grpo_loss": "loss",
+    "pack_and_split": "splitting",
     "pack_groups": "packing",
     "prefix_gpt_layer_spec": "mcore.layer_specs",
     "prefix_grouped_attention": "attention",
@@ -50,7 +55,9 @@ __all__ = [
     "RolloutTree",
     "TreeNode",
     "__version__",
+    "forward_backward_prefix_groups",
     "grpo_loss",
+    "pack_and_split",
     "pack_groups",
     "prefix_gpt_layer_spec",
     "prefix_grouped_attention",

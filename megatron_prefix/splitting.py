@@ -20,15 +20,13 @@ from megatron_prefix.loss import group_advantages
 from megatron_prefix.packing import (
     Pack,
     PackRows,
-    RolloutTree,
     SharedPrefix,
     check_sampler_log_probs,
     group_name,
-    node_rows,
-    num_rows,
     pack_groups,
 )
 from megatron_prefix.rollout_group import RolloutGroup
+from megatron_prefix.rollout_tree import RolloutTree, node_rows, num_rows
 
 
 @dataclass(frozen=True)

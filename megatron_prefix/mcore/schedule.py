@@ -14,7 +14,7 @@ finalize_model_grads are theirs. Source: Prefix Grouper (arXiv 2506.05433) for t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,11 +23,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_prefix.attention.prefix_cache import PrefixCache
 from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.mcore.deferred import DeferredGraph, hold_back, run_later
 from megatron_prefix.mcore.log_probs import attention_layer_numbers, prefix_hidden_states, unwrap
+from megatron_prefix.mcore.step_errors import StepErrors
 from megatron_prefix.packing import Pack
 
 PREFIX_ACTIVATIONS = ("keep", "recompute", "offload")
@@ -61,6 +62,7 @@ def forward_backward_prefix_groups(
     Raises:
         ValueError: a part whose prefix does not stand before it, a prefix without parts, no micro-batch with responses,
             or pipeline stages with different micro-batches (on every stage, naming the first that differs).
+        Exception: what ``forward_step_func`` raised; on all other ranks a RuntimeError that names it.
     """
     if prefix_activations not in PREFIX_ACTIVATIONS:
         raise ValueError(
@@ -80,16 +82,20 @@ def forward_backward_prefix_groups(
     for queue in queues:
         queue += [_Job("idle") for _ in range(idle)]
         queue[-1].is_last = True
+        for number, job in enumerate(queue):
+            job.number = number
     ready = [iter(queue) for queue in queues]
+    step = _Step(forward_step_func, average, prefix_activations, StepErrors())
     try:
         results = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, forward_step_func, average, prefix_activations),
+            forward_step_func=step.forward,
             data_iterator=ready if isinstance(data_iterator, list) else ready[0],
             model=model,
             num_microbatches=total,
             forward_only=forward_only,
             **settings,
         )
+        step.errors.raise_first(next(chunks[0].parameters()).device)
     finally:
         for job in (job for queue in queues for job in queue):
             job.close()
@@ -104,6 +110,7 @@ class _Job:
         kind: "A", "B", "C", or "idle": neither loss nor work, where an interleaved pipeline needs one more.
         item: what the data iterator yielded (A and B).
         begin: the A of a C.
+        number: in the step, from 0.
         is_last: of the step: its backward is the one during which megatron-core synchronises gradients.
         ends_prefix: a forward-only part after which no other reads the prefix.
         graph: of an A that has run, held until C.
@@ -112,9 +119,10 @@ class _Job:
     kind: str
     item: Any = None
     begin: _Job | None = None
+    number: int = 0
     is_last: bool = False
     ends_prefix: bool = False
-    graph: _PrefixGraph | None = None
+    graph: DeferredGraph | None = None
 
     @property
     def has_targets(self) -> bool:
@@ -202,51 +210,52 @@ def _idle_jobs(count: int, config: Any) -> int:
     return total - count
 
 
-def _forward_step(
-    forward_step_func: Callable[..., Any],
-    average: float,
-    prefix_activations: str,
-    jobs: Iterator[_Job],
-    model: Any,
-    *rest: Any,
-) -> tuple[Tensor, Callable[..., Any]]:
-    """The forward of one micro-batch; ``average`` makes up for those without a loss in megatron-core's mean."""
-    job = next(jobs)
-    if job.kind == "B":
-        output, loss_func = forward_step_func(iter([job.item]), model, *rest)
-        if job.ends_prefix:
-            _cache_of(job).release(attention_layer_numbers(model))
-        return output, partial(_mean_over_parts, loss_func, average)
-    received = _received(unwrap(model))
-    if job.kind == "A":
-
-        def run() -> Any:
-            return forward_step_func(iter([job.item]), model, *rest)
-
-        return _encode_prefix(job, model, received, prefix_activations, run if job.has_targets else None)
-    return _RunLater.apply(_anchor(received), job, model, _output_like(job, unwrap(model))), _no_loss
-
-
-@dataclass
-class _PrefixGraph:
-    """A prefix on one model chunk between its forward and its backward.
+@dataclass(frozen=True)
+class _Step:
+    """The forward of a step's micro-batches.
 
     Attributes:
-        received: the stage's input, a leaf (None on the first stage).
-        output: what backward starts from, None where the forward is to run again.
-        again: runs the forward again and returns what backward starts from.
-        like: of the shape, dtype and device of the output, without its storage.
+        forward_step_func: the caller's.
+        average: makes up for micro-batches without a loss in megatron-core's mean.
+        prefix_activations: see `forward_backward_prefix_groups`.
+        errors: after the first one, the rest of the step does no work.
     """
 
-    received: Tensor | None
-    output: Tensor | None
-    again: Callable[[], Tensor]
-    like: Tensor
+    forward_step_func: Callable[..., Any]
+    average: float
+    prefix_activations: str
+    errors: StepErrors
 
-    def backward(self, grad: Tensor) -> Tensor | None:
-        """Run it with the gradient of the output; returns that of ``received``."""
-        torch.autograd.backward(self.again() if self.output is None else self.output, grad)
-        return None if self.received is None else self.received.grad
+    def forward(self, jobs: Iterator[_Job], model: Any, *rest: Any) -> tuple[Tensor, Callable[..., Any]]:
+        """One micro-batch, as megatron-core calls its forward_step_func."""
+        job = next(jobs)
+        received = _received(unwrap(model))
+        if self.errors.error is None:
+            with self.errors.during(job.number):
+                return self._run(job, received, model, *rest)
+        idle = _Job("idle", is_last=job.is_last)
+        return _later(idle, received, model), _no_loss
+
+    def _run(self, job: _Job, received: Tensor | None, model: Any, *rest: Any) -> tuple[Tensor, Callable[..., Any]]:
+        def run() -> Any:
+            return self.forward_step_func(iter([job.item]), model, *rest)
+
+        if job.kind == "B":
+            output, loss_func = run()
+            if job.ends_prefix:
+                _cache_of(job).release(attention_layer_numbers(model))
+            return output, partial(self._loss, job.number, loss_func)
+        if job.kind == "A":
+            return _encode_prefix(job, model, received, self.prefix_activations, run if job.has_targets else None)
+        return _later(job, received, model), _no_loss
+
+    def _loss(self, number: int, loss_func: Any, output: Tensor, **how: Any) -> Any:
+        with self.errors.during(number):
+            result = loss_func(output, **how)
+            if how.get("non_loss_data") or self.average == 1:
+                return result
+            return (result[0] * self.average, *result[1:])
+        return _no_loss(output.sum() * 0, **how)
 
 
 def _encode_prefix(
@@ -273,8 +282,8 @@ def _encode_prefix(
     value = output.new_zeros(()) if has_loss else output.detach()
     if torch.is_grad_enabled():
         kept = None if has_loss or activations == "recompute" else output
-        job.graph = _PrefixGraph(leaf, kept, again, value.new_zeros(()).expand(value.shape))
-    held = _Held.apply(_anchor(received), value)
+        job.graph = DeferredGraph(leaf, kept, again, value.new_zeros(()).expand(value.shape))
+    held = hold_back(received, value)
     return held, partial(_loss_of_prefix, job, loss_func, output, activations) if has_loss else _no_loss
 
 
@@ -304,9 +313,20 @@ def _received(inner: Any) -> Tensor | None:
     return None if inner.pre_process else inner.decoder.input_tensor
 
 
-def _anchor(received: Tensor | None) -> Tensor:
-    """A tensor to hang a graph on where a first stage received none."""
-    return torch.zeros((), requires_grad=True) if received is None else received
+def _later(job: _Job, received: Tensor | None, model: Any) -> Tensor:
+    """C and idle: an unused output, and the backward of a prefix or none."""
+
+    def backward(grad: Tensor) -> Tensor | None:
+        if job.begin is None or job.begin.graph is None:
+            return None
+        result = job.begin.graph.backward(grad)
+        job.begin.graph = None
+        _cache_of(job.begin).release(attention_layer_numbers(model))
+        return result
+
+    overlap = getattr(getattr(model, "ddp_config", None), "overlap_grad_reduce", True)
+    touched = [parameter for parameter in model.parameters() if parameter.requires_grad and overlap and job.is_last]
+    return run_later(received, _output_like(job, unwrap(model)), backward, touched)
 
 
 def _output_like(job: _Job, inner: Any) -> Tensor:
@@ -324,82 +344,8 @@ def _cache_of(job: _Job) -> PrefixCache:
     return shared.cache
 
 
-class _Held(torch.autograd.Function):
-    """Passes on a value and, in backward, zeros: the real gradient comes with C."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(anchor)
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.zeros_like(ctx.saved_tensors[0]), None
-
-
-class _RunLater(torch.autograd.Function):
-    """Passes on an unused value; in backward, runs the backward of the prefix (C), or nothing (idle)."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, job: _Job, model: Any, value: Tensor) -> Tensor:
-        ctx.save_for_backward(anchor)
-        ctx.job, ctx.model = job, model
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (anchor,) = ctx.saved_tensors
-        job: _Job = ctx.job
-        reached: set[torch.nn.Parameter] = set()
-        result = torch.zeros_like(anchor)
-        with torch.enable_grad(), _recording(ctx.model.parameters() if job.is_last else (), reached):
-            if job.begin is not None:
-                assert job.begin.graph is not None
-                received_grad = job.begin.graph.backward(grad)
-                result = result if received_grad is None else received_grad
-                job.begin.graph = None
-                _cache_of(job.begin).release(attention_layer_numbers(ctx.model))
-            if job.is_last:
-                _touch(parameter for parameter in ctx.model.parameters() if parameter not in reached)
-        return result, None, None, None
-
-
-class _recording:  # noqa: N801  (a context manager, used like a function)
-    """Collects the parameters whose gradients a backward accumulates."""
-
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], reached: set[torch.nn.Parameter]) -> None:
-        self.parameters, self.reached = parameters, reached
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        self.handles = [p.register_post_accumulate_grad_hook(self.reached.add) for p in self.parameters]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def _touch(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Give parameters a gradient of 0, so that an overlapped reduction, which waits for all of them, goes on.
-
-    The last layer's MLP, the final norm and the head have no part in the prefix's backward.
-    """
-    nothing = [parameter.reshape(-1)[:0].sum() for parameter in parameters if parameter.requires_grad]
-    if nothing:
-        torch.stack(nothing).sum().backward()
-
-
 def _no_loss(output: Tensor, non_loss_data: bool = False) -> Any:
     """The loss function of a micro-batch without one."""
     if non_loss_data:
         return _NOTHING
     return output.sum(), torch.zeros((), dtype=torch.int, device=output.device), _NOTHING
-
-
-def _mean_over_parts(loss_func: Any, average: float, output: Tensor, **how: Any) -> Any:
-    result = loss_func(output, **how)
-    if how.get("non_loss_data") or average == 1:
-        return result
-    return (result[0] * average, *result[1:])

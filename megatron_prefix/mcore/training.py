@@ -19,7 +19,8 @@ from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.loss import BatchTotals, LossConfig, add_metrics, grpo_loss_terms, summarize
 from megatron_prefix.mcore.log_probs import response_log_probs
 from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
-from megatron_prefix.packing import Pack, RolloutTree, balance_groups
+from megatron_prefix.packing import Pack, balance_groups
+from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup
 
 GroupType = TypeVar("GroupType", RolloutGroup, RolloutTree)
