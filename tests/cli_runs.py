@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import traceback
@@ -62,7 +61,9 @@ class Run:
 
 def run_cli(*invocations: Arguments, world_size: int = 1) -> list[list[Run]]:
     """Run command lines one after another in new processes, one per rank; results [invocation][rank]."""
-    texts = [([str(word) for word in words], _free_port()) for words in invocations]
+    # As torchrun does it: the store is there before the ranks, on a port that it got from the system.
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in invocations]
+    texts = [([str(word) for word in words], store.port) for words, store in zip(invocations, stores, strict=True)]
     by_rank = run_distributed(_invoke_all, world_size, texts, timeout_s=TIMEOUT_S)
     return [list(ranks) for ranks in zip(*by_rank, strict=True)]
 
@@ -85,19 +86,14 @@ def _invoke_all(rank: int, world_size: int, invocations: list[tuple[list[str], i
     for words, port in invocations:
         if world_size > 1:
             ranks = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
-            os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in ranks.items()})
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            os.environ |= {name: str(value) for name, value in ranks.items()}
         result = CliRunner().invoke(main, words)
         destroy()  # a refused command leaves its groups to the end of the process
         error = result.exception
         crash = "" if error is None or isinstance(error, SystemExit) else "".join(traceback.format_exception(error))
         runs.append(Run(result.exit_code, result.stdout, result.stderr, crash))
     return runs
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def torchrun(world_size: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
