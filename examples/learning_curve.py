@@ -23,10 +23,10 @@ from rich.progress import track
 from megatron_prefix import LossConfig, RolloutGroup, pack_groups, prefix_gpt_layer_spec
 from megatron_prefix.generation.sampling import sample_responses
 from megatron_prefix.mcore.cpu import run_on_cpu
-from megatron_prefix.mcore.equivalence import copy_parameters
 from megatron_prefix.mcore.model import build_model, transformer_config
 from megatron_prefix.mcore.parallel import ParallelSizes, destroy, initialize
 from megatron_prefix.mcore.repeated import repeated_log_probs
+from megatron_prefix.mcore.stages import copy_parameters
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.model_config import ModelConfig
 

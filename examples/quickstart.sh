@@ -40,7 +40,7 @@ GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" torchrun --standalone --nproc-per
     --cp "$CP" \
     --steps "$STEPS" \
     --groups-per-step 2 \
-    --max-tokens-per-pack 2048 \
+    --max-tokens-per-microbatch 2048 \
     --lr 1e-6 \
     --save "$OUT/checkpoints-tp$TP" \
     --resume \

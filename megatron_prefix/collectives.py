@@ -66,6 +66,13 @@ def all_reduce_max(x: Tensor, group: Group) -> Tensor:
     return x
 
 
+def broadcast(x: Tensor, src: int, group: Group) -> Tensor:
+    """Give every rank of ``group`` the contiguous ``x`` of its rank ``src``, in place; returns ``x``."""
+    if group is not None and group.size() > 1:
+        dist.broadcast(x, src=dist.get_global_rank(group, src), group=group)
+    return x
+
+
 def all_gather_object(value: Any, group: Group) -> list[Any]:
     """One Python object of every rank, in rank order."""
     size = group_size(group)

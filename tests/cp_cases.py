@@ -10,15 +10,11 @@ from megatron.core import parallel_state
 
 from megatron_prefix import LossConfig, RolloutGroup, pack_groups, prefix_gpt_layer_spec, response_log_probs
 from megatron_prefix.context_parallel.plan import CpPlan
-from megatron_prefix.mcore.equivalence import (
-    copy_parameters,
-    differences,
-    evaluate,
-    make_inputs,
-)
+from megatron_prefix.mcore.equivalence import differences, evaluate, make_inputs
 from megatron_prefix.mcore.log_probs import unwrap
 from megatron_prefix.mcore.model import build_model, transformer_config
 from megatron_prefix.mcore.repeated import build_plain_model, repeated_log_probs
+from megatron_prefix.mcore.stages import copy_parameters
 from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
 from tests.equivalence_cases import VOCAB_SIZE, Batch, ragged_batch
 from tests.mcore_helpers import start, tiny_config
@@ -107,15 +103,15 @@ def trainers_of(case: Case, world: World, overrides: dict[str, Any]) -> tuple[Po
 def compare(case: Case, world: World, overrides: dict[str, Any]) -> dict[str, Any]:
     trainer, oracle = trainers_of(case, world, overrides)
     before = {name: value.detach().clone() for name, value in unwrap(oracle.model).named_parameters()}
-    inputs, repeated = make_inputs(trainer, trainer.shard(batch_of(case.batch)), MAX_TOKENS)
-    result, reference = evaluate(trainer, inputs, case.steps), evaluate(oracle, repeated, case.steps)
+    both = make_inputs(trainer, trainer.shard(batch_of(case.batch)), MAX_TOKENS)
+    result, reference = evaluate(trainer, both.grouped, case.steps), evaluate(oracle, both.repeated, case.steps)
     found = differences(result, reference)
     moved = [(before[name] - value).abs().max().item() for name, value in reference.parameters.items()]
     return {
         **asdict(found),
         "worst": found.worst,
         "loss": reference.loss,
-        "packs": len(inputs),
+        "packs": len(both.grouped),
         "moved": max(moved, default=0.0),
     }
 
@@ -141,8 +137,8 @@ def bf16_errors(rank: int, world_size: int, world: World, case: Case) -> dict[st
     trainer, oracle = trainers_of(case, world, overrides)
     _, exact = trainers_of(replace(case, dtype="float32"), world, overrides)
     copy_parameters(oracle.model, exact.model)
-    inputs, repeated = make_inputs(trainer, batch_of(case.batch), MAX_TOKENS)
-    evaluations = [evaluate(trainer, inputs), evaluate(oracle, repeated), evaluate(exact, repeated)]
+    both = make_inputs(trainer, batch_of(case.batch), MAX_TOKENS)
+    evaluations = [evaluate(trainer, both.grouped), evaluate(oracle, both.repeated), evaluate(exact, both.repeated)]
     log_probs = [(e.log_probs - evaluations[2].log_probs).norm().item() for e in evaluations[:2]]
     gradients = [
         sum((e.gradients[name] - g).square().sum().item() for name, g in evaluations[2].gradients.items()) ** 0.5

@@ -20,7 +20,6 @@ from megatron_prefix import LossConfig, Pack, RolloutGroup, RolloutTree, TreeNod
 from megatron_prefix.mcore.equivalence import (
     Differences,
     Evaluation,
-    copy_parameters,
     differences,
     evaluate,
     make_inputs,
@@ -28,6 +27,7 @@ from megatron_prefix.mcore.equivalence import (
 from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
 from megatron_prefix.mcore.model import build_hybrid_model, build_model, hybrid_stack_spec, transformer_config
 from megatron_prefix.mcore.repeated import repeated_log_probs
+from megatron_prefix.mcore.stages import copy_parameters
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.packing import NO_TARGET
 from tests.mcore_helpers import start, tiny_config
@@ -227,16 +227,14 @@ def compare(case: Case) -> dict[str, Any]:
     trainer = PolicyTrainer(grouped, settings, LossConfig())
     oracle = PolicyTrainer(plain, settings, LossConfig(), log_probs=repeated_log_probs)
     before = {name: value.detach().clone() for name, value in plain.named_parameters()}
-    inputs, repeated = make_inputs(
-        trainer, trainer.shard(ragged_batch(case.trees)), MAX_TOKENS if case.several_packs else None
-    )
-    result, reference = evaluate(trainer, inputs, STEPS), evaluate(oracle, repeated, STEPS)
+    both = make_inputs(trainer, trainer.shard(ragged_batch(case.trees)), MAX_TOKENS if case.several_packs else None)
+    result, reference = evaluate(trainer, both.grouped, STEPS), evaluate(oracle, both.repeated, STEPS)
     found = differences(result, reference)
     moved = differences(replace(reference, parameters=before), reference)
     return {
         **asdict(found),
         "worst": found.worst,
-        "packs": len(inputs),
+        "packs": len(both.grouped),
         "loss": reference.loss,
         "moved": statistics.median(moved.parameters.values()),
     }
@@ -272,8 +270,9 @@ def compare_bf16(case: Case) -> dict[str, tuple[float, float]]:
     settings = replace(settings_of(case), clip_grad=0.0)
     trainers = [PolicyTrainer(grouped, settings, LossConfig())]
     trainers += [PolicyTrainer(m, settings, LossConfig(), log_probs=repeated_log_probs) for m in (plain, exact)]
-    inputs, repeated = make_inputs(trainers[0], trainers[0].shard(ragged_batch(case.trees)), MAX_TOKENS)
-    evaluations = [evaluate(t, batch) for t, batch in zip(trainers, (inputs, repeated, repeated), strict=True)]
+    both = make_inputs(trainers[0], trainers[0].shard(ragged_batch(case.trees)), MAX_TOKENS)
+    batches = (both.grouped, both.repeated, both.repeated)
+    evaluations = [evaluate(t, batch) for t, batch in zip(trainers, batches, strict=True)]
     mine, theirs = (differences(e, evaluations[2]) for e in evaluations[:2])
     # Errors of single numbers scatter: what counts is the norm over all log-probs, and over all gradients.
     log_probs = [(e.log_probs - evaluations[2].log_probs).norm().item() for e in evaluations[:2]]

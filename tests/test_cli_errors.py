@@ -132,9 +132,13 @@ CASES: dict[str, Case] = {
             json.dumps(GROUP), f.sample(group_id="s", log_probs=[-1.0]))),
         r"group 0 \('g'\) has no log_probs but others have; give the sampler's log_probs for all groups or for none",
     ),
-    "larger than a pack": (
-        lambda f: f.train("--max-tokens-per-pack", "4", rollouts=f.group()),
-        r"group 0 \('good'\) needs 5 rows, max_tokens_per_pack is 4; raise max_tokens_per_pack to at least 5, or",
+    "response larger than a micro-batch": (
+        lambda f: f.train("--max-tokens-per-microbatch", "1", rollouts=f.group()),
+        r"group 0 \('good'\): node 1 has 2 tokens, --max-tokens-per-microbatch is 1; raise it to at least 2, or",
+    ),
+    "prefix larger than a micro-batch": (
+        lambda f: ("verify", "--tiny", "--max-tokens-per-microbatch", "8"),
+        r"group 0: its prefix has 11 rows, --max-tokens-per-microbatch is 8; raise it to at least 11",
     ),
     "too long": (
         lambda f: f.train(rollouts=f.group(prompt=[1] * 63)),
@@ -148,7 +152,8 @@ CASES: dict[str, Case] = {
     "tp": (lambda f: f.train("--tp", "2"), r"tp=2 .* does not divide the world size 1: start a multiple of 2 proc"),
     "dp": (lambda f: f.train("--dp", "3"), r"dp=3 needs 3 processes, but the world size is 1: start 3 .* set dp=1"),
     "dp, verify": (lambda f: ("verify", "--tiny", "--dp", "2"), "dp=2 needs 2 processes, but the world size is 1"),
-    "pp": (lambda f: f.train("--pp", "2"), "--pp 2: pipeline parallelism is not supported .* use --pp 1"),
+    "pp": (lambda f: f.train("--pp", "2"), "pp=2 .* does not divide the world size 1: start a multiple of 2 proc"),
+    "vpp": (lambda f: f.train("--vpp", "2"), "vpp=2 needs pp > 1; got pp=1: leave vpp out or raise pp"),
     "cp": (lambda f: f.train("--cp", "2"), "cp=2 .* does not divide the world size 1: start a multiple of 2 proc"),
     "sequence parallel": (lambda f: f.train("--sequence-parallel"), "--sequence-parallel needs --tp of 2 or more"),
     "tp 0": (lambda f: f.train("--tp", "0"), "0 is not in the range x>=1"),
@@ -220,6 +225,10 @@ CASES: dict[str, Case] = {
     ),
     "reference over ranks": (
         lambda f: f.train("--impl", "reference", "--cp", "2"),
+        "impl='reference' holds the whole mask and cannot be split over ranks or parts; use 'auto'",
+    ),
+    "reference in parts": (
+        lambda f: f.train("--impl", "reference", "--max-tokens-per-microbatch", "4", rollouts=f.group()),
         "impl='reference' holds the whole mask and cannot be split over ranks or parts; use 'auto'",
     ),
     # ---- outputs

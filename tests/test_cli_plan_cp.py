@@ -134,7 +134,7 @@ def test_packs_of_a_rollouts_file(tmp_path: Path) -> None:
     write_rollouts(file, [RolloutGroup([1] * n, [[2] * 4, [3] * 2], [0.0, 1.0]) for n in (9, 3, 5)])
     whole = report("--rollouts", str(file))
     assert [pack["lengths"] for pack in whole["packs"]] == [[8, 4, 2, 2, 4, 2, 4, 4, 2]]
-    cut = report("--rollouts", str(file), "--max-tokens-per-pack", "20")
+    cut = report("--rollouts", str(file), "--max-tokens-per-microbatch", "20")
     assert [pack["lengths"] for pack in cut["packs"]] == [[8, 4, 2], [2, 4, 2, 4, 4, 2]]
 
 
@@ -146,7 +146,7 @@ def test_packs_of_a_rollouts_file(tmp_path: Path) -> None:
         (["--cp-a2a", "2"], "--cp-a2a is the inner size"),
         (["--cp", "4", "--cp-comm-type", "a2a+p2p", "--cp-a2a", "3"], "a2a size that divides cp=4, got 3"),
         (["--heads", "6", "--kv-heads", "4"], "kv_heads must divide query_heads=6, got 4"),
-        (["--max-tokens-per-pack", "100"], "give --rollouts, or leave it out"),
+        (["--max-tokens-per-microbatch", "100"], "give --rollouts, or leave it out"),
         (["--picture", "no/such/folder/plan.png"], "the folder no/such/folder does not exist"),
         (["--rollouts", str(ROOT / "setup.py")], "setup.py:1:"),
         (["--rollouts", str(ROOT / "setup.py"), "--response-len", "3"], "leave out --response-len"),

@@ -16,8 +16,10 @@ from megatron_prefix.cli.train import _batch
 from megatron_prefix.mcore.checkpoint import load_config, load_state
 from megatron_prefix.packing import pack_groups
 from megatron_prefix.rollouts import read_rollouts
+from megatron_prefix.splitting import plan_splits
 from tests.cli_runs import Arguments, Run, one_line, run_cli, write_groups, write_model
 
+SPLIT = ("--max-tokens-per-microbatch", "12")  # as many rows as the longest prefix has, so that most groups are split
 COMMON = ("--groups-per-step", "2", "--lr", "1e-2", "--seed", "3")
 
 
@@ -93,7 +95,9 @@ def one_process(files: Path) -> dict[str, Run]:
     base = ("--steps", "3", "--metrics")
     variants: dict[str, tuple[str, ...]] = {
         "base": (),
-        "packs": ("--max-tokens-per-pack", "25"),
+        "packs": ("--max-tokens-per-microbatch", "25"),
+        "split": SPLIT,
+        "split, kl": (*SPLIT, "--kl-coef", "0.5", "--kl-estimator", "k2", "--prefix-activations", "recompute"),
         "chunks": ("--chunk-rows", "3", "--recompute", "full"),
         "kl": ("--kl-coef", "0.5", "--kl-estimator", "k2"),
         "gspo": ("--ratio", "sequence", "--aggregation", "sequence", "--clip-low", "3e-4", "--clip-high", "4e-4"),
@@ -118,15 +122,21 @@ def one_process(files: Path) -> dict[str, Run]:
 
 
 @pytest.fixture(scope="module")
-def two_processes(files: Path) -> dict[str, Run]:
+def two_processes(files: Path, one_process: dict[str, Run]) -> dict[str, Run]:
     """Runs of two processes, all in one new pair of them."""
     out = files / "two"
+    trained = ("--model", files / "one" / "plain-whole" / "step_000004", "--steps", "3", "--kl-coef", "0.1")
     invocations = in_two_parts(files, out, "dp", "--dp", "2", "--distributed-optimizer", "--overlap-grad-reduce")
     invocations.append(train(files, "--steps", "2", "--save", out / "tp", "--kl-coef", "0.1", "--tp", "2",
                              "--sequence-parallel"))  # fmt: skip
     invocations.append(train(files, "--steps", "3", "--metrics", out / "dp.jsonl", "--compare", "1", "--json"))
+    invocations += in_two_parts(files, out, "pp", "--pp", "2", *SPLIT, steps=2)
+    invocations.append(train(files, *trained, "--metrics", out / "from-trained-dp.jsonl", "--dp", "2"))
+    invocations.append(train(files, *trained, "--metrics", out / "from-trained-pp.jsonl", "--pp", "2", *SPLIT,
+                             "--compare", "3", "--json"))  # fmt: skip
     runs = succeed(run_cli(*invocations, world_size=2))
-    return dict(zip(("whole", "first half", "second half", "tp", "compare"), runs, strict=True))
+    names = ("whole", "first half", "second half", "tp", "compare", "pp, whole", "pp, first", "pp, second", "dp", "pp")
+    return dict(zip(names, runs, strict=True))
 
 
 # ---- resume
@@ -161,6 +171,11 @@ def test_the_distributed_optimizer_resumes(files: Path, one_process: dict[str, R
 def test_two_data_parallel_ranks_resume(files: Path, two_processes: dict[str, Run]) -> None:
     assert_same(files / "two" / "dp-whole", files / "two" / "dp-halves", "step_000004")
     assert two_processes["second half"].json["resumed_from"] == 2
+
+
+def test_two_pipeline_stages_resume(files: Path, two_processes: dict[str, Run]) -> None:
+    assert_same(files / "two" / "pp-whole", files / "two" / "pp-halves", "step_000002")
+    assert two_processes["pp, second"].json["resumed_from"] == 1
 
 
 def test_saved_at_tp_2_and_resumed_at_tp_1(files: Path, one_process: Any, two_processes: Any, tmp_path: Path) -> None:
@@ -262,11 +277,36 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut(
     batches = [[groups[i] for i in _batch(len(groups), 2, step, 3)] for step in range(3)]
     assert any(len(pack_groups(batch, max_tokens_per_pack=25)) == 2 for batch in batches)
     base = metrics_of(files, "base")
-    for other in (metrics_of(files, "packs"), metrics_of(files, "chunks"), lines(files / "two" / "dp.jsonl")):
-        for expected, found in zip(base, other, strict=True):
-            assert found.keys() == expected.keys()
-            for name, value in expected.items():
-                assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-6), (name, found["step"])
+    for name in ("packs", "chunks", "split"):
+        assert_close(base, metrics_of(files, name))
+    assert_close(metrics_of(files, "kl"), metrics_of(files, "split, kl"))
+    assert_close(base, lines(files / "two" / "dp.jsonl"))
+
+
+def assert_close(base: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> None:
+    for expected, found in zip(base, other, strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-6), (name, found["step"])
+
+
+def test_the_loss_does_not_depend_on_the_pipeline(files: Path, two_processes: dict[str, Run]) -> None:
+    """From a checkpoint: random weights would be others, as each stage draws its own."""
+    two, groups = files / "two", read_rollouts(files / "rollouts.jsonl")
+    assert_close(lines(two / "from-trained-dp.jsonl"), lines(two / "from-trained-pp.jsonl"))
+    splits = [split for split in plan_splits(groups, max_tokens_per_pack=12) if split]
+    parts = sum(len(split.parts) for split in splits)
+    assert len(splits) >= 3 and parts >= 5
+    text = one_line(two_processes["pp"].stderr)
+    assert "tp 1, pp 2, vpp 1, dp 1;" in text
+    assert f"{len(splits)} of 5 groups are split, into {parts} parts; their prefixes run once" in text
+    assert "are split" not in two_processes["dp"].stderr
+
+
+def test_compare_of_split_groups_on_two_stages(two_processes: dict[str, Run]) -> None:
+    found = two_processes["pp"].json
+    assert found["max_log_prob_diff"] < 1e-5 and 0 < found["max_grad_rel_diff"] < 1e-5
+    assert found["rows_repeated"] > found["rows_grouped"] > 0
 
 
 def test_metrics_lines(files: Path, one_process: dict[str, Run]) -> None:
@@ -356,7 +396,7 @@ def test_progress_and_paths_are_shown(files: Path, one_process: dict[str, Run]) 
     text = one_line(one_process["whole"].stderr)
     assert "old log-probs" in text and "4/4" in text
     assert re.search(r"[\d,]+ tokens/s", text)
-    assert "2 layers, hidden 32, fp32 on cpu, impl sdpa, tp 1, dp 1; 5 groups, steps 0 to 4" in text
+    assert "2 layers, hidden 32, fp32 on cpu, impl sdpa, tp 1, pp 1, vpp 1, dp 1; 5 groups, steps 0 to 4" in text
     assert "checkpoint: " in text and "step_000004" in text.replace(" ", "")
     assert one_process["whole"].json["steps"] == 4 and len(one_process["whole"].stdout.splitlines()) == 1
 

@@ -14,11 +14,13 @@ from megatron_prefix.mcore.checkpoint import load_checkpoint, save_checkpoint
 from megatron_prefix.mcore.equivalence import Differences
 from megatron_prefix.mcore.model import build_model
 from megatron_prefix.model_config import ModelConfig
+from megatron_prefix.splitting import plan_splits
 from tests.cli_runs import Run, one_line, run_cli, torchrun, write_groups, write_model
 from tests.distributed import run_distributed
 from tests.mcore_helpers import start, tiny_config
 
-KEYS = {"ok", "max_log_prob_diff", "max_grad_rel_diff", "tolerance", "rows_repeated", "rows_grouped"}
+KEYS = {"ok", "max_log_prob_diff", "max_grad_rel_diff", "tolerance", "rows_repeated", "rows_grouped", "parts"}
+SPLIT = ("--max-tokens-per-microbatch", "18")
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +34,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         "fp64": ("--tiny", "--dtype", "fp64", "--steps", "5"),
         "fp32": ("--tiny", "--dtype", "fp32"),
         "other seed": ("--tiny", "--seed", "7"),
+        "split": ("--tiny", "--dtype", "fp64", "--steps", "2", *SPLIT),
+        "split, offloaded": ("--tiny", "--dtype", "fp64", *SPLIT, "--prefix-activations", "offload"),
         "bf16": ("--tiny", "--dtype", "bf16"),
         "impossible": ("--tiny", "--dtype", "fp64", "--tolerance", "1e-20"),
         "files": files,
-        "some groups": (*files, "--max-groups", "2", "--max-tokens-per-pack", "40", "--recompute", "selective"),
+        "some groups": (*files, "--max-groups", "2", "--max-tokens-per-microbatch", "40", "--recompute", "selective"),
         "nan": ("--model", broken, "--rollouts", folder / "rollouts.jsonl"),
     }
     results = run_cli(*(("verify", "--json", *line) for line in lines.values()))
@@ -81,6 +85,46 @@ def test_steps_compare_trained_parameters(runs: dict[str, Run]) -> None:
     assert 0 < report(runs["fp64"])["max_param_rel_diff"] <= 1e-10
     assert "parameters after steps" in runs["fp64"].stderr
     assert report(runs["fp32"])["max_param_rel_diff"] is None
+
+
+@pytest.mark.parametrize("name", ["split", "split, offloaded"])
+def test_groups_over_the_limit_are_split(runs: dict[str, Run], name: str) -> None:
+    found, whole = report(runs[name]), report(runs["fp64"])
+    assert found["ok"] is True and found["max_grad_rel_diff"] <= 1e-10
+    plans = plan_splits(tiny_groups(128, 0), max_tokens_per_pack=18)
+    assert found["parts"] == sum(len(plan.parts) for plan in plans if plan) > 5 and whole["parts"] == 0
+    assert (found["rows_repeated"], found["rows_grouped"]) == tiny_rows()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Every case of two processes, in one new pair of them; rank 0's results."""
+    folder = tmp_path_factory.mktemp("verify_two")
+    rollouts = ("--rollouts", write_groups(folder), "--dtype", "fp64", "--max-tokens-per-microbatch", "14")
+    tied = {"num_layers": 4, "tied_embeddings": True, "position_embedding": "learned_absolute"}
+    files = ("--model", write_model(folder, **tied), *rollouts)
+    lines: dict[str, tuple[str | Path, ...]] = {
+        "pp": (*files, "--pp", "2", "--steps", "2"),
+        "vpp": (*files, "--pp", "2", "--vpp", "2", "--recompute", "full", "--prefix-activations", "recompute"),
+        "bf16": ("--tiny", "--dtype", "bf16", *SPLIT, "--pp", "2"),
+        "cp": ("--tiny", "--dtype", "fp64", *SPLIT, "--cp", "2"),
+        "dp": (*files, "--dp", "2"),
+    }
+    results = run_cli(*(("verify", "--json", *line) for line in lines.values()), world_size=2)
+    assert all(other.stdout == other.stderr == "" for _, other in results)
+    return dict(zip(lines, (run for run, _ in results), strict=True))
+
+
+@pytest.mark.parametrize("name", ["pp", "vpp", "bf16", "cp", "dp"])
+def test_split_groups_over_two_ranks(two_ranks: dict[str, Run], name: str) -> None:
+    found = report(two_ranks[name])
+    assert found["ok"] is True and found["parts"] > 4, two_ranks[name].stderr
+    sizes = {"pp": (2, 1, 1), "vpp": (2, 2, 1), "bf16": (2, 1, 1), "cp": (1, 1, 1), "dp": (1, 1, 2)}
+    assert (found["pp"], found["vpp"], found["dp"]) == sizes[name] and found["cp"] == (2 if name == "cp" else 1)
+    if name != "bf16":
+        assert 0 < found["max_grad_rel_diff"] <= 1e-10 and found["loss"] != 0
+    if name == "pp":
+        assert 0 < found["max_param_rel_diff"] <= 1e-10
 
 
 def test_another_seed_is_another_case(runs: dict[str, Run]) -> None:
@@ -145,15 +189,18 @@ def test_tiny_groups_are_seeded_and_ragged() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "sizes"),
-    [(("--tp", "2", "--sequence-parallel"), (2, 1)), (("--dp", "2", "--recompute", "full"), (1, 2))],
+    [
+        (("--tp", "2", "--sequence-parallel"), (2, 1, 1)),
+        (("--pp", "2", "--recompute", "full", *SPLIT), (1, 2, 1)),
+    ],
 )
-def test_torchrun(arguments: tuple[str, ...], sizes: tuple[int, int]) -> None:
+def test_torchrun(arguments: tuple[str, ...], sizes: tuple[int, int, int]) -> None:
     run = torchrun(2, "verify", "--tiny", "--json", *arguments)
     assert run.returncode == 0, run.stderr
     (line,) = run.stdout.splitlines()
     found = json.loads(line)
     assert set(found) >= KEYS and found["ok"] is True
-    assert (found["tp"], found["dp"]) == sizes
+    assert (found["tp"], found["pp"], found["dp"]) == sizes
     assert (found["rows_repeated"], found["rows_grouped"]) == tiny_rows()
     assert one_line(run.stderr).count("repeated prefixes (") == 1  # one table, of rank 0
 

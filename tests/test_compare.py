@@ -53,9 +53,10 @@ def compare(rank: int, world_size: int) -> dict[str, Any]:
 
     found = compare_step(trainer, plain, trainer.shard(GROUPS), None, advance)
     same = all(torch.equal(x, y) for x, y in zip(before, trainer.model.parameters(), strict=True))
+    first = list(advanced)
     cut = compare_step(trainer, plain, trainer.shard(GROUPS), 8, advance)
-    first = advanced[: len(advanced) // 2]
-    return {"found": found, "cut": cut, "same": same, "steps": sum(steps for steps, _ in first),
+    split = compare_step(trainer, plain, trainer.shard(GROUPS), 4, advance)
+    return {"found": found, "cut": cut, "split": split, "same": same, "steps": sum(steps for steps, _ in first),
             "units": [units for _, units in first]}  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def compare_what_must_show(rank: int, world_size: int) -> tuple[StepComparison, 
     start()
     found = compare_step(*trainers(other_weights=True), GROUPS, None, lambda *_, **__: None)
     messages = []
-    for groups, limit in ((GROUPS, 7), ([], None)):
+    for groups, limit in ((GROUPS, 2), ([], None)):
         try:
             compare_step(*trainers(), groups, limit, lambda *_, **__: None)
         except ValueError as error:
@@ -78,13 +79,13 @@ def one_rank() -> dict[str, Any]:
 
 
 def test_rows_and_areas_are_those_counted_by_hand(one_rank: dict[str, Any]) -> None:
-    for found in (one_rank["found"], one_rank["cut"]):
+    for found in (one_rank["found"], one_rank["cut"], one_rank["split"]):
         assert (found.repeated.rows, found.grouped.rows) == (ROWS_REPEATED, ROWS_GROUPED) == (14, 11)
         assert (found.repeated.area, found.grouped.area) == (AREA_REPEATED, AREA_GROUPED) == (40, 34)
 
 
 def test_both_ways_agree_and_nothing_is_changed(one_rank: dict[str, Any]) -> None:
-    for found in (one_rank["found"], one_rank["cut"]):
+    for found in (one_rank["found"], one_rank["cut"], one_rank["split"]):
         assert found.found.worst < 1e-10 and len(found.found.gradients) > 10
     assert one_rank["same"]
 
@@ -113,7 +114,7 @@ def test_two_ranks_count_together(one_rank: dict[str, Any]) -> None:
 def test_what_is_wrong_shows() -> None:
     ((found, messages),) = run_distributed(compare_what_must_show, 1)
     assert found.found.worst > 0.1  # other weights: never taken for equal
-    assert "needs 8 rows, max_tokens_per_pack is 7; raise max_tokens_per_pack to at least 8" in messages[0]
+    assert "group 0: node 2 has 3 tokens, max_tokens_per_pack is 2; raise it to at least 3" in messages[0]
     assert "nothing to pack" in messages[1]
 
 

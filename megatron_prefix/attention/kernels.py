@@ -81,18 +81,21 @@ def kernel_named(impl: str) -> Kernel:
     return KERNELS[impl]
 
 
-def check_impl(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, cp_size: int = 1) -> str:
+def check_impl(
+    impl: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, cp_size: int = 1, has_parts: bool = False
+) -> str:
     """`resolve_impl` that also asks whether it can run there, before any tensor exists.
 
     Args:
         device, dtype, head_dim: of the tensors to come; the larger head dim where that of v differs.
         cp_size: context-parallel ranks.
+        has_parts: whether groups are split over micro-batches.
 
     Raises:
         ValueError: an unknown name, or one that cannot run there; says why and what can.
     """
     name = resolve_impl(impl, device)
-    if name != "reference" or cp_size > 1:
+    if name != "reference" or cp_size > 1 or has_parts:
         refusal = kernel_named(name).refusal(device, dtype, head_dim)
         if refusal:
             raise ValueError(refusal)

@@ -26,7 +26,7 @@ from megatron_prefix.bench.step import (
 from megatron_prefix.collectives import Traffic, all_reduce_sum
 from megatron_prefix.context_parallel.choice import choose_plan
 from megatron_prefix.mcore.core_attention import attention_layers
-from megatron_prefix.mcore.parallel import without_context_parallelism
+from megatron_prefix.mcore.parallel import whole_on_every_rank
 from megatron_prefix.measure import Stopwatch
 from megatron_prefix.model_config import ModelConfig
 
@@ -64,7 +64,7 @@ def bench_step_over_ranks(
     model = random_model(config, dtype, settings.impl, seed, overrides=overrides)
     pack = one_pack(random_rollouts(group, config.vocab_size, seed), repeated=False)
     plan = choose_plan(pack.layout, dist.get_world_size(), cp.placement, attention_layers(model.config, cp.a2a_size))
-    alone_settings = without_context_parallelism()
+    alone_settings = whole_on_every_rank()
     together = Step(model, pack, cp.placement)
     sizes = asdict(group) | asdict(settings) | asdict(cp) | {"impl": resolve_impl(settings.impl, together.device)}
     sizes |= {"repeats": repeats, "cp": plan.cp_size, "placement": plan.name}

@@ -22,10 +22,24 @@ from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
 from megatron_prefix.mcore.model import RECOMPUTE, build_model, transformer_config
 from megatron_prefix.mcore.parallel import ParallelSizes, initialize
 from megatron_prefix.mcore.repeated import build_plain_model
+from megatron_prefix.mcore.schedule import PREFIX_ACTIVATIONS
+from megatron_prefix.mcore.stages import Model, copy_parameters
 from megatron_prefix.mcore.training import TrainSettings
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.packing import check_pack_limit
 from megatron_prefix.rollouts import RolloutGroup, check_vocabulary
+from megatron_prefix.splitting import Split, plan_splits
+
+max_tokens_option = click.option(
+    "--max-tokens-per-microbatch",
+    type=click.IntRange(1),
+    help="Most rows of one micro-batch; groups over it are split, their prefix encoded once all the same.",
+)
+prefix_activations_option = click.option(
+    "--prefix-activations",
+    type=click.Choice(PREFIX_ACTIVATIONS),
+    default="keep",
+    help="What becomes of the activations of a split group's prefix until its backward.",
+)
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -36,6 +50,7 @@ class ParallelFlags:
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
     cp: int = 1
     cp_comm_type: str = "p2p"
     cp_a2a: int | None = None
@@ -48,14 +63,13 @@ class ParallelFlags:
         Raises:
             ValueError: sizes that do not divide the world size, or are not supported.
         """
-        if self.pp != 1:
-            raise ValueError(f"--pp {self.pp}: pipeline parallelism is not supported with prefix groups; use --pp 1")
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("--sequence-parallel needs --tp of 2 or more")
         check_a2a(self.cp_comm_type, self.cp_a2a)
         if not torch.cuda.is_available():
             run_on_cpu()
-        sizes = ParallelSizes(tp=self.tp, pp=self.pp, cp=self.cp, dp=self.dp, cp_a2a=self.cp_a2a)
+        vpp = None if self.vpp == 1 else self.vpp
+        sizes = ParallelSizes(tp=self.tp, pp=self.pp, cp=self.cp, vpp=vpp, dp=self.dp, cp_a2a=self.cp_a2a)
         world = start_distributed(timeout_s=timeout_s)
         sizes.resolve(world.size)
         return initialize(sizes, seed=seed, local_rank=world.local_rank, timeout_s=timeout_s)
@@ -95,44 +109,51 @@ class ModelFlags:
             raise ValueError("--model is missing: a checkpoint folder (from `import` or `train`) or a model.json")
         return load_config(self.model) if self.model.is_dir() else ModelConfig.from_json(self.model)
 
-    def check_impl(self, config: ModelConfig, cp_size: int) -> None:
+    def check_impl(self, config: ModelConfig, cp_size: int, has_parts: bool = False) -> None:
         """Refuse an attention implementation that cannot run this model on this machine, before any work.
 
         Raises:
             ValueError: why it cannot, and what can.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        check_impl(self.impl, device, self.torch_dtype, config.channels, cp_size=cp_size)
+        check_impl(self.impl, device, self.torch_dtype, config.channels, cp_size=cp_size, has_parts=has_parts)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of parameters and activations."""
         return DTYPES[self.dtype]
 
-    def build(self, config: ModelConfig, parallel: ParallelFlags, *, seed: int, plain: bool = False) -> torch.nn.Module:
-        """The model with prefix-grouped attention (or megatron-core's plain local spec), random or from the checkpoint.
+    def build(self, config: ModelConfig, parallel: ParallelFlags, *, seed: int) -> list[torch.nn.Module]:
+        """This rank's chunks of the model with prefix-grouped attention, random or from the checkpoint.
 
         Raises:
             ValueError: what the sizes or the checkpoint do not allow.
         """
-        settings: dict[str, Any] = {"dtype": self.torch_dtype, "sequence_parallel": parallel.sequence_parallel}
-        if plain:
-            model = build_plain_model(config, recompute=self.recompute, seed=seed, **settings)
-        else:
-            settings["overrides"] = parallel.overrides
-            spec = prefix_gpt_layer_spec(transformer_config(config, **settings), impl=self.impl, use_te=self.use_te)
-            model = build_model(config, layer_spec=spec, recompute=self.recompute, seed=seed, **settings)
+        settings: dict[str, Any] = self._settings(parallel) | {"overrides": parallel.overrides}
+        spec = prefix_gpt_layer_spec(transformer_config(config, **settings), impl=self.impl, use_te=self.use_te)
+        settings |= {"layer_spec": spec, "recompute": self.recompute, "seed": seed}
+        stages = [None] if parallel.vpp == 1 else range(parallel.vpp)
+        chunks: list[torch.nn.Module] = [build_model(config, vp_stage=stage, **settings) for stage in stages]
         if self.model is not None and self.model.is_dir():
-            load_checkpoint(self.model, model, config=config)
+            load_checkpoint(self.model, chunks, config=config)
+        return chunks
+
+    def build_plain(self, config: ModelConfig, parallel: ParallelFlags, weights: Model) -> torch.nn.Module:
+        """The whole model with megatron-core's plain local spec on every rank, with the values of ``weights``."""
+        model = build_plain_model(config, recompute=self.recompute, **self._settings(parallel))
+        copy_parameters(weights, model)
         return model
 
+    def _settings(self, parallel: ParallelFlags) -> dict[str, Any]:
+        return {"dtype": self.torch_dtype, "sequence_parallel": parallel.sequence_parallel}
 
-def check_groups(groups: Sequence[RolloutGroup], config: ModelConfig, max_tokens_per_pack: int | None) -> None:
-    """Refuse groups that the model or a pack cannot take, before any work.
+
+def check_groups(groups: Sequence[RolloutGroup], config: ModelConfig, max_tokens: int | None) -> list[Split]:
+    """Refuse groups that the model or a micro-batch cannot take, before any work; returns how groups will be split.
 
     Raises:
-        ValueError: a token outside the vocabulary, a sequence longer than the model's positions, a group larger than a
-            pack, or the sampler's log-probs in some groups only.
+        ValueError: a token outside the vocabulary, a sequence longer than the model's positions, a response or prefix
+            larger than a micro-batch, or the sampler's log-probs in some groups only.
     """
     check_vocabulary(groups, config.vocab_size)
     for i, group in enumerate(groups):
@@ -148,7 +169,10 @@ def check_groups(groups: Sequence[RolloutGroup], config: ModelConfig, max_tokens
                 f"group {without} ({groups[without].group_id!r}) has no log_probs but others have; give the sampler's "
                 "log_probs for all groups or for none"
             )
-    check_pack_limit(groups, max_tokens_per_pack)
+    try:
+        return [split for split in plan_splits(groups, max_tokens_per_pack=max_tokens) if split is not None]
+    except ValueError as error:
+        raise ValueError(str(error).replace("max_tokens_per_pack", "--max-tokens-per-microbatch")) from error
 
 
 def check_writable(option: str, folder: Path) -> None:
@@ -174,7 +198,8 @@ def parallel_options(command: Command) -> Command:
         "parallel",
         ParallelFlags,
         click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel size."),
-        click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline-parallel size (1 only, for now)."),
+        click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline-parallel size."),
+        click.option("--vpp", type=click.IntRange(1), default=1, help="Stages per pipeline rank (interleaved)."),
         *cp_options(),
         click.option("--dp", type=click.IntRange(1), default=None, help="Data-parallel size; default: what is left."),
         click.option("--sequence-parallel", is_flag=True, help="Shard activations between layers over --tp."),
@@ -242,4 +267,5 @@ def train_options(command: Command) -> Command:
         click.option("--temperature", type=float, default=1.0, help="Logits are divided by it, as in sampling."),
         click.option("--chunk-rows", type=int, default=4096, help="Most rows whose logits exist at once."),
         cp_placement_option,
+        prefix_activations_option,
     )

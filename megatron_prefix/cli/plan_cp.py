@@ -43,7 +43,7 @@ FLOPS = {"TFLOP": 10**12, "GFLOP": 10**9, "MFLOP": 10**6}
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Take the layouts of a rollouts JSONL instead, one per pack.",
 )
-@click.option("--max-tokens-per-pack", type=SIZE, help="Most rows of one pack of --rollouts.")
+@click.option("--max-tokens-per-microbatch", type=SIZE, help="Most rows of one pack of --rollouts.")
 @cp_flags(default_cp=2)
 @click.option("--heads", type=SIZE, default=32, help="Query heads on a tensor-parallel rank.")
 @click.option("--kv-heads", type=SIZE, default=8, help="Key-value heads on a tensor-parallel rank.")
@@ -58,7 +58,7 @@ def plan_cp_command(
     response_lens: tuple[int, ...],
     group_size: int | None,
     rollouts: Path | None,
-    max_tokens_per_pack: int | None,
+    max_tokens_per_microbatch: int | None,
     heads: int,
     kv_heads: int,
     head_dim: int,
@@ -75,16 +75,16 @@ def plan_cp_command(
     \b
     megatron-prefix plan-cp --cp 8
     megatron-prefix plan-cp --prefix-len 4096 --response-len 700 --response-len 90 --response-len 2000 --cp 4
-    megatron-prefix plan-cp --rollouts rollouts.jsonl --max-tokens-per-pack 8192 --cp 2 --picture plan.png
+    megatron-prefix plan-cp --rollouts rollouts.jsonl --max-tokens-per-microbatch 8192 --cp 2 --picture plan.png
     """
     if rollouts is not None:
         given = [n for n in LAYOUT_FLAGS if ctx.get_parameter_source(n) is click.core.ParameterSource.COMMANDLINE]
         if given:
             flag = given[0].replace("_", "-").removesuffix("s")
             raise ValueError(f"--rollouts gives the layouts; leave out --{flag}")
-        layouts = _layouts_of(rollouts, max_tokens_per_pack)
-    elif max_tokens_per_pack is not None:
-        raise ValueError("--max-tokens-per-pack cuts --rollouts into packs; give --rollouts, or leave it out")
+        layouts = _layouts_of(rollouts, max_tokens_per_microbatch)
+    elif max_tokens_per_microbatch is not None:
+        raise ValueError("--max-tokens-per-microbatch cuts --rollouts into packs; give --rollouts, or leave it out")
     else:
         layouts = [_layout(prefix_len, response_lens, group_size)]
     if picture is not None and not picture.parent.is_dir():
@@ -148,11 +148,11 @@ def _layout(prefix_len: int, response_lens: Sequence[int], group_size: int | Non
     return PrefixLayout([prefix_len, *response_lens], [-1] + [0] * len(response_lens))
 
 
-def _layouts_of(rollouts: Path, max_tokens_per_pack: int | None) -> list[PrefixLayout]:
+def _layouts_of(rollouts: Path, max_tokens: int | None) -> list[PrefixLayout]:
     from megatron_prefix.packing import pack_groups  # torch: not needed for a layout from flags
     from megatron_prefix.rollouts import read_rollouts
 
-    return [pack.layout for pack in pack_groups(read_rollouts(rollouts), max_tokens_per_pack=max_tokens_per_pack)]
+    return [pack.layout for pack in pack_groups(read_rollouts(rollouts), max_tokens_per_pack=max_tokens)]
 
 
 def _rank_table(plan: CpPlan, layers: CpLayers) -> tuple[list[str], list[list[str]]]:

@@ -99,7 +99,7 @@ def rollout_command(
     text = ChatTokenizer(tokenizer or flags.model)
     encoded = [text.encode_prompt(task.prompt) for task in wanted]
     parallel.start(seed)
-    model = flags.build(config, parallel, seed=seed)
+    (model,) = flags.build(config, parallel, seed=seed)
     started = time.perf_counter()
     mine = _share(len(wanted))
     with progress_bar("sample", len(mine) * group_size, unit="tokens") as advance:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import random
@@ -22,6 +21,7 @@ from megatron_prefix.cli.options import (
     check_groups,
     check_writable,
     loss_options,
+    max_tokens_option,
     model_options,
     parallel_options,
     train_options,
@@ -40,14 +40,13 @@ from megatron_prefix.mcore.checkpoint import (
 )
 from megatron_prefix.mcore.compare import StepComparison, compare_step
 from megatron_prefix.mcore.core_attention import attention_layers
-from megatron_prefix.mcore.equivalence import copy_parameters
-from megatron_prefix.mcore.log_probs import unwrap
 from megatron_prefix.mcore.parallel import destroy
 from megatron_prefix.mcore.repeated import repeated_log_probs
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.packing import RolloutTree, balance_groups, pack_groups
+from megatron_prefix.packing import RolloutTree, balance_groups
 from megatron_prefix.rollouts import RolloutGroup, read_rollouts
+from megatron_prefix.splitting import pack_and_split, plan_splits, split_first
 
 
 @click.command("train")
@@ -58,7 +57,7 @@ from megatron_prefix.rollouts import RolloutGroup, read_rollouts
     "--steps", type=click.IntRange(0), default=10, help="Optimizer steps in all; a resumed run does the rest."
 )
 @click.option("--groups-per-step", type=click.IntRange(1), default=2, help="Prefix groups of the global batch.")
-@click.option("--max-tokens-per-pack", type=click.IntRange(1), help="Most rows of one micro-batch.")
+@max_tokens_option
 @click.option("--save", type=click.Path(file_okay=False, path_type=Path), help="Folder of the checkpoints.")
 @click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints; default: at the end only.")
 @click.option("--resume", is_flag=True, help="Go on from the latest checkpoint in --save, where there is one.")
@@ -75,7 +74,7 @@ def train_command(
     rollouts: Path,
     steps: int,
     groups_per_step: int,
-    max_tokens_per_pack: int | None,
+    max_tokens_per_microbatch: int | None,
     save: Path | None,
     save_every: int | None,
     resume: bool,
@@ -104,8 +103,8 @@ def train_command(
         raise ValueError("--plot draws the comparison: add --compare 1")
     config = flags.config()
     groups = read_rollouts(rollouts)
-    flags.check_impl(config, parallel.cp)
-    check_groups(groups, config, max_tokens_per_pack)
+    splits = check_groups(groups, config, max_tokens_per_microbatch)
+    flags.check_impl(config, parallel.cp, bool(splits))
     if loss.importance_cap is not None and groups[0].log_probs is None:
         raise ValueError(
             f"--importance-cap {loss.importance_cap} needs the sampler's log_probs, {rollouts} has none; leave it out"
@@ -140,14 +139,17 @@ def train_command(
         _check_model(start, saved, state | names)
     trainer = PolicyTrainer(model, settings, loss)
     batches = [_batch(len(groups), groups_per_step, step, seed) for step in range(first, steps)]
-    run = _Run(trainer, groups, max_tokens_per_pack, with_reference=loss.kl_coef > 0)
+    run = _Run(trainer, groups, max_tokens_per_microbatch, with_reference=loss.kl_coef > 0)
     run.measure_old_log_probs(sorted({i for batch in batches for i in batch}))
     if start:
         load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
     console = stderr_console()
     console.print(_banner(config, flags, sizes, len(groups), first, steps))
+    if splits:
+        parts = sum(len(split.parts) for split in splits)
+        console.print(f"{len(splits)} of {len(groups)} groups are split, into {parts} parts; their prefixes run once")
     if sizes.cp > 1:
-        layers = attention_layers(unwrap(model).config, parallel.cp_a2a)
+        layers = attention_layers(trainer.config, parallel.cp_a2a)
         console.print(_placement(groups[0], sizes.cp, settings.cp_placement, layers))
     result: dict[str, Any] = {"steps": steps, "resumed_from": first}
     with progress_bar("train", max(steps - first, 0), unit="tokens") as advance:
@@ -171,7 +173,7 @@ def train_command(
         console.print(f"checkpoint: {latest_checkpoint(save)}")
     if compare:
         comparison = _compare(
-            trainer, config, flags, parallel, groups[: max(compare, sizes.dp or 1)], max_tokens_per_pack
+            trainer, config, flags, parallel, groups[: max(compare, sizes.dp or 1)], max_tokens_per_microbatch
         )
         result |= show_comparison(comparison)
         if plot and torch.distributed.get_rank() == 0:
@@ -197,21 +199,25 @@ class _Run:
         """Log-probs under the policy as it is, each group on one data-parallel rank, known to all afterwards."""
         mine = wanted[self.dp_group.rank() :: self.dp_group.size()]
         found = {}
+        at_once = self.trainer.pp_group.size()  # enough to keep all stages busy
         with progress_bar("old log-probs", len(mine), unit="tokens") as advance:
-            for i in mine:
-                (pack,) = pack_groups([self.groups[i]])
-                found[i] = self.trainer.log_probs(pack)
-                advance(units=pack.layout.num_rows)
+            for some in (mine[first : first + at_once] for first in range(0, len(mine), at_once)):
+                packs = {i: pack_and_split([self.groups[i]], max_tokens_per_pack=self.max_tokens) for i in some}
+                results = iter(self.trainer.log_probs_of([pack for each in packs.values() for pack in each]))
+                for i, each in packs.items():
+                    found[i] = torch.cat([next(results) for _ in each])
+                    advance(units=sum(pack.layout.num_rows for pack in each))
         for part in all_gather_object(found, self.dp_group):
             self.old |= part
 
     def step(self, batch: Sequence[int]) -> dict[str, float]:
         """One optimizer step on the groups of ``batch``; metrics of the global batch."""
         share = balance_groups([self.groups[i] for i in batch], self.dp_group.size())[self.dp_group.rank()]
-        mine = [batch[n] for n in share]
-        old = torch.cat([self.old[i] for i in mine])
+        groups = [self.groups[batch[n]] for n in share]
+        order = split_first(plan_splits(groups, max_tokens_per_pack=self.max_tokens))
+        old = torch.cat([self.old[batch[share[n]]] for n in order])
         inputs = []
-        for pack in pack_groups([self.groups[i] for i in mine], max_tokens_per_pack=self.max_tokens):
+        for pack in pack_and_split(groups, max_tokens_per_pack=self.max_tokens):
             count = pack.response_rows.numel()
             inputs.append(StepInput(pack, old[:count], old[:count] if self.with_reference else None))
             old = old[count:]
@@ -281,7 +287,7 @@ def _banner(config: ModelConfig, flags: ModelFlags, sizes: Any, groups: int, fir
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return (
         f"{flags.model}: {config.num_layers} layers, hidden {config.hidden_size}, {flags.dtype} on {device}, "
-        f"impl {resolve_impl(flags.impl, device)}, tp {sizes.tp}, dp {sizes.dp}; "
+        f"impl {resolve_impl(flags.impl, device)}, tp {sizes.tp}, pp {sizes.pp}, vpp {sizes.vpp or 1}, dp {sizes.dp}; "
         f"{groups} groups, steps {first} to {steps}"
     )
 
@@ -300,15 +306,13 @@ def _compare(
     flags: ModelFlags,
     parallel: ParallelFlags,
     groups: Sequence[RolloutGroup],
-    max_tokens_per_pack: int | None,
+    max_tokens: int | None,
 ) -> StepComparison:
-    fresh = dataclasses.replace(flags, model=None)  # its weights are copied below
-    plain_model = fresh.build(config, parallel, seed=0, plain=True)
-    copy_parameters(trainer.model, plain_model)
+    plain_model = flags.build_plain(config, parallel, trainer.model)
     log_probs = partial(repeated_log_probs, temperature=trainer.settings.temperature)
     plain = PolicyTrainer(plain_model, trainer.settings, trainer.loss, log_probs=log_probs)
     with progress_bar("repeated vs grouped", 5, unit="tokens") as advance:
-        return compare_step(trainer, plain, trainer.shard(groups), max_tokens_per_pack, advance)
+        return compare_step(trainer, plain, trainer.shard(groups), max_tokens, advance)
 
 
 def show_comparison(comparison: StepComparison) -> dict[str, Any]:

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from megatron.core import parallel_state
 
 from megatron_prefix.cli.console import print_json, print_table, progress_bar
 from megatron_prefix.cli.options import (
-    DTYPES,
     ModelFlags,
     ParallelFlags,
     check_groups,
     cp_placement_option,
+    max_tokens_option,
     model_options,
     parallel_options,
+    prefix_activations_option,
 )
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.loss import LossConfig
@@ -29,13 +29,13 @@ from megatron_prefix.mcore.equivalence import (
     TOLERANCE,
     Differences,
     Evaluation,
-    copy_parameters,
     differences,
     evaluate,
     make_inputs,
 )
 from megatron_prefix.mcore.parallel import ParallelSizes, destroy
 from megatron_prefix.mcore.repeated import repeated_log_probs
+from megatron_prefix.mcore.stages import Model
 from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.rollouts import RolloutGroup, read_rollouts
@@ -58,12 +58,13 @@ _JUDGES = {"bf16": "fp32", "fp32": "fp64"}
 @click.option("--rollouts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Rollouts JSONL.")
 @click.option("--tiny", is_flag=True, help="A small random model and random ragged groups: no files needed.")
 @click.option("--max-groups", type=click.IntRange(1), help="Use the first groups of the file only.")
-@click.option("--max-tokens-per-pack", type=click.IntRange(1), help="Most rows of one micro-batch.")
+@max_tokens_option
 @click.option(
     "--steps", type=click.IntRange(0), default=0, help="Also compare parameters after so many optimizer steps."
 )
 @click.option("--tolerance", type=float, help="Largest relative difference; default 1e-10 (fp64), 1e-5 (fp32).")
 @cp_placement_option
+@prefix_activations_option
 @click.option("--seed", type=int, default=0, help="Of random weights, groups and the made-up old policy.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
 @model_options
@@ -72,10 +73,11 @@ def verify_command(
     rollouts: Path | None,
     tiny: bool,
     max_groups: int | None,
-    max_tokens_per_pack: int | None,
+    max_tokens_per_microbatch: int | None,
     steps: int,
     tolerance: float | None,
     cp_placement: str,
+    prefix_activations: str,
     seed: int,
     as_json: bool,
     flags: ModelFlags,
@@ -92,6 +94,7 @@ def verify_command(
     \b
     megatron-prefix verify --tiny
     torchrun --nproc-per-node 2 -m megatron_prefix verify --tiny --tp 2 --sequence-parallel
+    torchrun --nproc-per-node 2 -m megatron_prefix verify --tiny --pp 2 --max-tokens-per-microbatch 16
     megatron-prefix verify --model smollm2 --rollouts rollouts.jsonl --max-groups 2 --tolerance 1e-4
     """
     if tiny == (rollouts is not None):
@@ -102,20 +105,22 @@ def verify_command(
         raise ValueError("bf16 is judged against the plain path's own error: leave out --steps and --tolerance")
     config = TINY_MODEL if tiny and flags.model is None else flags.config()
     groups = read_rollouts(rollouts)[:max_groups] if rollouts else tiny_groups(config.vocab_size, seed)
-    flags.check_impl(config, parallel.cp)
-    check_groups(groups, config, max_tokens_per_pack)
+    splits = check_groups(groups, config, max_tokens_per_microbatch)
+    flags.check_impl(config, parallel.cp, bool(splits))
     sizes = parallel.start(seed)
     started = time.perf_counter()
-    run = _Run(config, flags, parallel, seed, cp_placement)
+    settings = TrainSettings(
+        learning_rate=1e-3, clip_grad=0.0, cp_placement=cp_placement, prefix_activations=prefix_activations
+    )
     with progress_bar("verify", 2, unit="rows") as advance:
-        grouped = run.trainer(flags.torch_dtype)
-        grouped_inputs, repeated_inputs = make_inputs(grouped, grouped.shard(groups), max_tokens_per_pack, seed)
-        result = evaluate(grouped, grouped_inputs, steps)
-        rows_grouped = _total(sum(batch.pack.layout.num_rows for batch in grouped_inputs))
+        grouped = PolicyTrainer(flags.build(config, parallel, seed=seed), settings, LossConfig())
+        plain = _plain(config, flags, parallel, settings, grouped.model)
+        inputs = make_inputs(grouped, grouped.shard(groups), max_tokens_per_microbatch, seed)
+        result = evaluate(grouped, inputs.grouped, steps, inputs.order)
+        rows_grouped = _total(sum(batch.pack.layout.num_rows for batch in inputs.grouped))
         advance(units=rows_grouped, note="prefix groups")
-        plain = run.trainer(flags.torch_dtype, plain=True)
-        reference = evaluate(plain, repeated_inputs, steps)
-        rows_repeated = _total(sum(batch.pack.layout.num_rows for batch in repeated_inputs))
+        reference = evaluate(plain, inputs.repeated, steps)
+        rows_repeated = _total(sum(batch.pack.layout.num_rows for batch in inputs.repeated))
         advance(units=rows_repeated, note="repeated prefixes")
     found = differences(result, reference)
     limits = Limits.uniform(TOLERANCE.get(flags.torch_dtype, 0.0) if tolerance is None else tolerance)
@@ -124,7 +129,8 @@ def verify_command(
     if judge and tolerance is None and not steps and not limits.hold(found):
         against = f"repeated prefixes in {judge}"
         with progress_bar(f"rounding is over the limit: {against}", 1, unit="rows") as advance:
-            exact = evaluate(run.trainer(DTYPES[judge], plain=True, weights=plain.model), repeated_inputs)
+            exact_flags = replace(flags, dtype=judge)
+            exact = evaluate(_plain(config, exact_flags, parallel, settings, plain.model), inputs.repeated)
             advance(units=rows_repeated)
         found, own = differences(result, exact), differences(reference, exact)
         limits = Limits.twice(own, limits.gradient)
@@ -132,6 +138,7 @@ def verify_command(
     report |= {
         "rows_repeated": rows_repeated,
         "rows_grouped": rows_grouped,
+        "parts": sum(len(split.parts) for split in splits),
         "dtype": flags.dtype,
         "against": against,
         "seconds": round(time.perf_counter() - started, 3),
@@ -184,25 +191,12 @@ def _within(value: float, limit: float) -> bool:
     return math.isfinite(value) and value <= limit
 
 
-class _Run:
-    """Builds the trainers of one verification, all with the same weights."""
-
-    def __init__(
-        self, config: ModelConfig, flags: ModelFlags, parallel: ParallelFlags, seed: int, cp_placement: str
-    ) -> None:
-        self.config, self.flags, self.parallel, self.seed = config, flags, parallel, seed
-        self.settings = TrainSettings(learning_rate=1e-3, clip_grad=0.0, cp_placement=cp_placement)
-
-    def trainer(
-        self, dtype: torch.dtype, *, plain: bool = False, weights: torch.nn.Module | None = None
-    ) -> PolicyTrainer:
-        """A trainer on the grouped path, or on plain megatron-core; ``weights`` overrides its parameters."""
-        names = {value: name for name, value in DTYPES.items()}
-        flags = replace(self.flags, dtype=names[dtype])
-        model = flags.build(self.config, self.parallel, seed=self.seed, plain=plain)
-        if weights is not None:
-            copy_parameters(weights, model)
-        return PolicyTrainer(model, self.settings, LossConfig(), log_probs=repeated_log_probs if plain else None)
+def _plain(
+    config: ModelConfig, flags: ModelFlags, parallel: ParallelFlags, settings: TrainSettings, weights: Model
+) -> PolicyTrainer:
+    """Plain megatron-core with the same weights."""
+    model = flags.build_plain(config, parallel, weights)
+    return PolicyTrainer(model, settings, LossConfig(), log_probs=repeated_log_probs)
 
 
 def tiny_groups(vocab_size: int, seed: int) -> list[RolloutGroup]:
@@ -222,9 +216,9 @@ def tiny_groups(vocab_size: int, seed: int) -> list[RolloutGroup]:
     ]
 
 
-def _total(rows: int) -> int:
-    """Rows of all data-parallel ranks."""
-    return sum(all_gather_object(rows, parallel_state.get_data_parallel_group()))
+def _total(count: int) -> int:
+    """The counts of all data-parallel ranks."""
+    return sum(all_gather_object(count, parallel_state.get_data_parallel_group()))
 
 
 def _report(
@@ -242,6 +236,8 @@ def _report(
         "max_param_rel_diff": max(found.parameters.values(), default=None),
         "tolerance": limits.gradient,
         "tp": sizes.tp,
+        "pp": sizes.pp,
+        "vpp": sizes.vpp or 1,
         "cp": sizes.cp,
         "dp": sizes.dp,
         "layers": config.num_layers,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed
 from megatron.core import parallel_state
 
 from megatron_prefix.collectives import all_gather_object
@@ -15,6 +16,7 @@ from megatron_prefix.mcore.training import PolicyTrainer, StepInput
 from megatron_prefix.measure import track_memory
 from megatron_prefix.packing import pack_groups
 from megatron_prefix.rollouts import RolloutGroup
+from megatron_prefix.splitting import plan_splits
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class StepCost:
     """What one forward and backward cost over all data-parallel ranks.
 
     Attributes:
-        rows: rows that went through the model.
+        rows: rows that went through each layer of the model.
         area: (query, key) pairs of the attention masks, one head of one layer.
         seconds: wall time of forward and backward on the slowest rank.
         peak_bytes: most bytes of activations and temporaries on one rank, beyond weights, gradients and optimizer.
@@ -56,28 +58,33 @@ def compare_step(
     ratio shows what sharing alone gives. Differences are against ``plain``: megatron-core's own attention.
     ``advance`` is called five times, with the rows done and a note.
     """
-    grouped, oracle = make_inputs(trainer, groups, max_tokens_per_pack)
-    repeated = _packed_together(groups, oracle)
+    both = make_inputs(trainer, groups, max_tokens_per_pack)
+    repeated = _packed_together(groups, both.repeated, max_tokens_per_pack)
     rows = sum(batch.pack.layout.num_rows for batch in repeated)
-    reference = evaluate(plain, oracle)
+    reference = evaluate(plain, both.repeated)
     advance(units=rows, note="plain megatron-core")
     repeated_cost = _cost(trainer, repeated)
     advance(2, units=2 * rows, note="repeated prefixes")
-    grouped_cost = _cost(trainer, grouped)
+    grouped_cost = _cost(trainer, both.grouped)
     advance(units=2 * grouped_cost.rows, note="prefix groups")
-    found = differences(evaluate(trainer, grouped), reference)
+    found = differences(evaluate(trainer, both.grouped, order=both.order), reference)
     advance(units=grouped_cost.rows, note="differences")
     return StepComparison(repeated_cost, grouped_cost, found)
 
 
-def _packed_together(groups: Sequence[RolloutGroup], single: Sequence[StepInput]) -> list[StepInput]:
-    """Repeated sequences of each group in one micro-batch, as varlen training packs them."""
-    together = []
+def _packed_together(
+    groups: Sequence[RolloutGroup], single: Sequence[StepInput], max_tokens_per_pack: int | None
+) -> list[StepInput]:
+    """Repeated sequences of each group in one micro-batch, as varlen training packs them; of a split group one each."""
+    together: list[StepInput] = []
     first = 0
-    for group in groups:
-        (pack,) = pack_groups([group], repeated=True)
+    for group, split in zip(groups, plan_splits(groups, max_tokens_per_pack=max_tokens_per_pack), strict=True):
         members = single[first : first + len(group.responses)]
         first += len(group.responses)
+        if split is not None:
+            together += members
+            continue
+        (pack,) = pack_groups([group], repeated=True)
         old = torch.cat([batch.old_log_probs for batch in members])
         together.append(StepInput(pack, old, old))
     return together
@@ -94,5 +101,6 @@ def _cost(trainer: PolicyTrainer, inputs: Sequence[StepInput]) -> StepCost:
         time.perf_counter() - started,
         memory.peak_bytes,
     )
-    rows, areas, seconds, peaks = zip(*all_gather_object(mine, parallel_state.get_data_parallel_group()), strict=True)
+    rows, areas, _, _ = zip(*all_gather_object(mine, parallel_state.get_data_parallel_group()), strict=True)
+    _, _, seconds, peaks = zip(*all_gather_object(mine, torch.distributed.group.WORLD), strict=True)
     return StepCost(sum(rows), sum(areas), max(seconds), max(peaks))

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.collectives import all_gather_object
-from megatron_prefix.mcore.log_probs import unwrap
+from megatron_prefix.mcore.stages import whole_model_parameters
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput
-from megatron_prefix.packing import RolloutTree, pack_groups, repeated_packs
+from megatron_prefix.packing import RolloutTree, repeated_packs
 from megatron_prefix.rollouts import RolloutGroup
+from megatron_prefix.splitting import pack_and_split, pair_order
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Largest relative difference by dtype; half precision is judged against the plain path's own error instead."""
@@ -35,7 +36,7 @@ class Evaluation:
         loss: of the global batch.
         terms: fp64, what every pair of this rank adds to the loss, in their order.
         terms_size: the sum of their absolute values over the global batch: the loss without cancellation.
-        gradients, parameters: by name.
+        gradients, parameters: of this rank's pipeline stages, by name in the whole model.
     """
 
     log_probs: Tensor
@@ -81,47 +82,80 @@ class Differences:
         )
 
 
+@dataclass(frozen=True)
+class BothInputs:
+    """One batch of this rank as micro-batches of both paths, with the same old log-probs.
+
+    Attributes:
+        grouped: shared prefixes, groups over the limit split.
+        order: int64, where each pair of ``repeated`` stands among those of ``grouped``, see `pair_order`.
+        repeated: every sequence by itself.
+    """
+
+    grouped: list[StepInput]
+    order: Tensor
+    repeated: list[StepInput]
+
+
 def make_inputs(
     trainer: PolicyTrainer, groups: Sequence[RolloutGroup | RolloutTree], max_tokens_per_pack: int | None, seed: int = 0
-) -> tuple[list[StepInput], list[StepInput]]:
-    """This rank's micro-batches of both paths, grouped and repeated, with the same old log-probs.
+) -> BothInputs:
+    """The micro-batches of both paths.
 
     The old log-probs, which also stand for the reference policy's, are those of ``trainer`` with seeded noise.
     """
     generator = torch.Generator().manual_seed(seed)
+    packs = pack_and_split(groups, max_tokens_per_pack=max_tokens_per_pack)
     grouped = []
-    for pack in pack_groups(groups, max_tokens_per_pack=max_tokens_per_pack):
-        old = trainer.log_probs(pack)
+    for pack, old in zip(packs, trainer.log_probs_of(packs), strict=True):
         old += OLD_POLICY_NOISE * torch.randn(old.shape, generator=generator).to(old)
         grouped.append(StepInput(pack, old, ref_log_probs=old))
-    # Pairs are in one order (rollout, token) in both forms; one sequence a micro-batch bounds the plain path's memory.
-    pair_old = torch.cat([batch.old_log_probs[batch.pack.pairs.row] for batch in grouped])
+    order = pair_order(groups, max_tokens_per_pack=max_tokens_per_pack)
+    # One sequence a micro-batch bounds the plain path's memory.
+    pair_old = torch.cat([batch.old_log_probs[batch.pack.pairs.row] for batch in grouped])[order]
     repeated = []
     for pack in repeated_packs(groups):
         old = torch.zeros(pack.response_rows.numel(), dtype=pair_old.dtype)
         old[pack.pairs.row] = pair_old[: pack.pairs.row.numel()]
         pair_old = pair_old[pack.pairs.row.numel() :]
         repeated.append(StepInput(pack, old, ref_log_probs=old))
-    return grouped, repeated
+    return BothInputs(grouped, order, repeated)
 
 
-def evaluate(trainer: PolicyTrainer, inputs: Sequence[StepInput], steps: int = 0) -> Evaluation:
-    """Log-probs, loss and gradients of a batch, then the parameters after ``steps`` optimizer steps on it."""
-    log_probs = torch.cat([trainer.log_probs(batch.pack)[batch.pack.pairs.row] for batch in inputs])
+def evaluate(
+    trainer: PolicyTrainer, inputs: Sequence[StepInput], steps: int = 0, order: Tensor | None = None
+) -> Evaluation:
+    """Log-probs, loss and gradients of a batch, then the parameters after ``steps`` optimizer steps on it.
+
+    order: int64, where each pair of the result stands among those of the micro-batches; None leaves them as they are.
+    """
+    found = trainer.log_probs_of([batch.pack for batch in inputs])
+    log_probs = torch.cat([x[batch.pack.pairs.row] for x, batch in zip(found, inputs, strict=True)])
     metrics, terms = trainer.gradients_and_terms(inputs)
     terms = terms.double().cpu()
+    if order is not None:
+        log_probs, terms = log_probs[order], terms[order]
     terms_size = sum(all_gather_object(terms.abs().sum().item(), trainer.dp_group))
     gradients: dict[str, Tensor] = {}
     if not trainer.settings.distributed_optimizer:
         gradients = {name: gradient.clone() for name, gradient in trainer.named_gradients().items()}
     for _ in range(steps):
         trainer.step(inputs)
-    parameters = {n: p.detach().clone() for n, p in unwrap(trainer.model).named_parameters()} if steps else {}
+    parameters: dict[str, Tensor] = {}
+    if steps:
+        parameters = {name: x.detach().clone() for name, x in whole_model_parameters(trainer.model).items()}
     return Evaluation(log_probs, metrics["loss"], terms, terms_size, gradients, parameters)
 
 
 def differences(result: Evaluation, reference: Evaluation) -> Differences:
-    """How far ``result`` is from ``reference``, the same on every rank."""
+    """How far ``result`` is from ``reference``, the same on every rank.
+
+    A rank compares the parameters that it has of ``result``, a stage's for instance; all together must have those of
+    ``reference``.
+
+    Raises:
+        ValueError: they have not, or have others.
+    """
     diff = (result.log_probs.double() - reference.log_probs.double()).abs().max().item()
     scale = max(1.0, reference.log_probs.abs().max().item())
     mine = {
@@ -130,8 +164,12 @@ def differences(result: Evaluation, reference: Evaluation) -> Differences:
         "terms": _squares({"terms": result.terms}, {"terms": reference.terms}),
         "gradients": _squares(result.gradients, reference.gradients),
         "parameters": _squares(result.parameters, reference.parameters),
+        "names": (set(result.gradients | result.parameters), set(reference.gradients | reference.parameters)),
     }
     ranks = all_gather_object(mine, torch.distributed.group.WORLD)
+    found, expected = (set().union(*names) for names in zip(*(rank["names"] for rank in ranks), strict=True))
+    if found != expected:
+        raise ValueError(f"the two models have different parameters: {sorted(found ^ expected)}")
     terms = _relative([rank["terms"] for rank in ranks])
     return Differences(
         max_log_prob_diff=_largest(rank["log_probs"][0] for rank in ranks),
@@ -146,11 +184,10 @@ Squares = dict[str, tuple[float, float]]
 
 
 def _squares(result: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Squares:
-    if result.keys() != reference.keys():
-        raise ValueError(f"the two models have different parameters: {sorted(result.keys() ^ reference.keys())}")
     return {
         name: (_square_sum(value.double() - reference[name].double()), _square_sum(reference[name].double()))
         for name, value in result.items()
+        if name in reference
     }
 
 
@@ -170,9 +207,9 @@ def _relative(ranks: Sequence[Squares], smallest_share: float = 0.0) -> dict[str
     """
     result = {}
     floor = smallest_share**2 * sum(square for rank in ranks for _, square in rank.values())
-    for name in ranks[0]:
-        diff = sum(rank[name][0] for rank in ranks)
-        norm = max(floor, sum(rank[name][1] for rank in ranks))
+    for name in dict.fromkeys(name for rank in ranks for name in rank):
+        diff = sum(rank[name][0] for rank in ranks if name in rank)
+        norm = max(floor, sum(rank[name][1] for rank in ranks if name in rank))
         result[name] = _largest([math.sqrt(_ratio(diff, norm))])
     return result
 
@@ -180,11 +217,3 @@ def _relative(ranks: Sequence[Squares], smallest_share: float = 0.0) -> dict[str
 def _ratio(diff: float, size: float) -> float:
     """``diff / size``, both 0 or more; no difference from nothing is 0, any other is infinite."""
     return diff / size if size > 0 else (0.0 if diff == 0 else math.inf)
-
-
-def copy_parameters(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Give ``target`` the values of ``source``, parameter by parameter, cast to its dtype."""
-    values = dict(unwrap(source).named_parameters())
-    with torch.no_grad():
-        for name, param in unwrap(target).named_parameters():
-            param.copy_(values[name])

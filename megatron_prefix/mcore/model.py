@@ -180,7 +180,7 @@ def build_model(
         rope_scaling=scaling is not None,
         rope_scaling_factor=scaling["factor"] if scaling else 1.0,
         pg_collection=pg_collection,
-        **_shared_arguments(config, vp_stage),
+        **_shared_arguments(config, made, vp_stage),
     )
     return _placed(model, dtype)
 
@@ -196,15 +196,16 @@ def _placed(model: torch.nn.Module, dtype: torch.dtype) -> Any:
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def _shared_arguments(config: ModelConfig, vp_stage: int | None) -> dict[str, Any]:
-    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+def _shared_arguments(config: ModelConfig, made: TransformerConfig, vp_stage: int | None) -> dict[str, Any]:
+    whole = made.pipeline_model_parallel_size == 1  # also where other models of this process have stages
+    virtual = made.virtual_pipeline_model_parallel_size
     if virtual is not None and (vp_stage is None or not 0 <= vp_stage < virtual):
         raise ValueError(f"vp_stage must be 0..{virtual - 1} with vpp={virtual}, got {vp_stage}")
     return {
         "vocab_size": config.vocab_size,
         "max_sequence_length": config.max_position_embeddings,
-        "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        "pre_process": whole or parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        "post_process": whole or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         "share_embeddings_and_output_weights": config.tied_embeddings,
         "position_embedding_type": config.position_embedding,
         "rotary_base": config.rope_base,
@@ -282,7 +283,7 @@ def build_hybrid_model(
         config=made,
         hybrid_stack_spec=stack_spec or hybrid_stack_spec(local_layer_spec(config)),
         hybrid_layer_pattern="|".join(["*-" * (config.num_layers // stages)] * stages),
-        **_shared_arguments(config, vp_stage),
+        **_shared_arguments(config, made, vp_stage),
     )
     return _placed(model, dtype)
 

@@ -150,14 +150,19 @@ def current_sizes() -> ParallelSizes:
     )
 
 
-def without_context_parallelism() -> dict[str, Any]:
-    """Arguments of `build_model` for a model that runs whole packs on every rank although cp is above 1.
+def whole_on_every_rank() -> dict[str, Any]:
+    """Arguments of `build_model` for a model that has all layers and whole packs on every rank, whatever cp and pp are.
 
     Every process calls it: it makes groups.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    groups.cp = group_of_this_rank()
-    return {"pg_collection": groups, "overrides": {"context_parallel_size": 1}}
+    groups.cp = groups.pp = groups.embd = groups.pos_embd = group_of_this_rank()
+    sizes = {
+        "context_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+    }
+    return {"pg_collection": groups, "overrides": sizes}
 
 
 def destroy() -> None:

@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_prefix.mcore.log_probs import check_token_ids, unwrap
 from megatron_prefix.mcore.model import build_model
-from megatron_prefix.mcore.parallel import without_context_parallelism
+from megatron_prefix.mcore.parallel import whole_on_every_rank
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import NO_TARGET, Pack
 
@@ -23,9 +23,9 @@ def build_plain_model(config: ModelConfig, **settings: Any) -> GPTModel:
     """`build_model` with megatron-core's local layer spec, to run repeated prefixes.
 
     Its local attention has no context parallelism, so under --cp every rank holds whole sequences and computes the same
-    thing; `PolicyTrainer` then counts each rank's gradients as a share.
+    thing; `PolicyTrainer` then counts each rank's gradients as a share. Under --pp every rank holds all layers.
     """
-    return build_model(config, **without_context_parallelism(), **settings)
+    return build_model(config, **whole_on_every_rank(), **settings)
 
 
 def repeated_log_probs(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from torch import Tensor
 
 from megatron_prefix.attention.prefix_cache import PrefixCache
@@ -45,6 +46,7 @@ def forward_backward_prefix_groups(
     num_microbatches: int,
     forward_only: bool = False,
     prefix_activations: str = "keep",
+    pg_collection: Any = None,
     **settings: Any,
 ) -> list[Any]:
     """megatron-core's forward_backward_func for steps whose prefix groups may be split over micro-batches.
@@ -58,6 +60,7 @@ def forward_backward_prefix_groups(
         prefix_activations: what becomes of a prefix's activations until its backward, beyond keys and values: "keep"
             (under the model's own recompute setting), "recompute" (the stage's input is kept, its forward runs again)
             or "offload" (to host memory).
+        pg_collection: the model's process groups; None for those of megatron-core's ``parallel_state``.
 
     Raises:
         ValueError: a part whose prefix does not stand before it, a prefix without parts, no micro-batch with responses,
@@ -71,8 +74,9 @@ def forward_backward_prefix_groups(
     chunks = model if isinstance(model, list) else [model]
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
     queues = [_jobs([next(iterator) for _ in range(num_microbatches)], forward_only) for iterator in iterators]
+    stages = parallel_state.get_pipeline_model_parallel_group() if pg_collection is None else pg_collection.pp
     for queue in queues:
-        _check_stages(queue)
+        _check_stages(queue, stages)
     config = unwrap(chunks[0]).config  # the one that megatron-core's schedules read
     idle = _idle_jobs(len(queues[0]), config)
     total = len(queues[0]) + idle
@@ -87,12 +91,14 @@ def forward_backward_prefix_groups(
     ready = [iter(queue) for queue in queues]
     step = _Step(forward_step_func, average, prefix_activations, StepErrors())
     try:
-        results = get_forward_backward_func()(
+        schedule = forward_backward_no_pipelining if stages.size() == 1 else get_forward_backward_func()
+        results = schedule(
             forward_step_func=step.forward,
             data_iterator=ready if isinstance(data_iterator, list) else ready[0],
             model=model,
             num_microbatches=total,
             forward_only=forward_only,
+            pg_collection=pg_collection,
             **settings,
         )
         step.errors.raise_first(next(chunks[0].parameters()).device)
@@ -183,10 +189,10 @@ def _jobs(items: list[Any], forward_only: bool) -> list[_Job]:
     return jobs
 
 
-def _check_stages(jobs: list[_Job]) -> None:
+def _check_stages(jobs: list[_Job], group: Any) -> None:
     """Raises ValueError on every stage when stages would run different micro-batches, once per step."""
     mine = [job.pack.layout.checksum if job.item is not None else 0 for job in jobs]
-    stages = all_gather_object(mine, parallel_state.get_pipeline_model_parallel_group())
+    stages = all_gather_object(mine, group)
     for stage, theirs in enumerate(stages):
         if theirs == stages[0]:
             continue

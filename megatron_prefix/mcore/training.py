@@ -19,6 +19,7 @@ from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.loss import BatchTotals, LossConfig, add_metrics, grpo_loss_terms, summarize
 from megatron_prefix.mcore.log_probs import response_log_probs
 from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
+from megatron_prefix.mcore.stages import whole_model_parameters
 from megatron_prefix.packing import Pack, balance_groups
 from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup
@@ -103,7 +104,8 @@ class PolicyTrainer:
             cp_placement=settings.cp_placement,
         )
         self.dp_group = parallel_state.get_data_parallel_group()
-        self.pp_group = parallel_state.get_pipeline_model_parallel_group()
+        self.groups = chunks[0].pg_collection
+        self.pp_group = self.groups.pp
         # Gradients are summed over context-parallel ranks. A model that computes whole sequences on each (the plain
         # oracle) counts as a share.
         self.share = self.config.context_parallel_size / parallel_state.get_context_parallel_world_size()
@@ -200,15 +202,11 @@ class PolicyTrainer:
         return [groups[i] for i in share]
 
     def named_gradients(self) -> dict[str, Tensor]:
-        """Gradients after `gradients`, by parameter name (not available with the distributed optimizer's shards).
+        """Gradients after `gradients`, of this rank's stages, by the parameter's name in the whole model.
 
-        With virtual pipeline chunks, names start with the chunk's number.
+        Not available with the distributed optimizer, which leaves each rank a shard of the sums.
         """
-        return {
-            f"{i}." * (len(self.chunks) > 1) + name.removeprefix("module."): param.main_grad
-            for i, chunk in enumerate(self.chunks)
-            for name, param in chunk.module.named_parameters()
-        }
+        return {name: parameter.main_grad for name, parameter in whole_model_parameters(self.chunks).items()}
 
     def _schedule(self, inputs: Sequence[Any], forward_step: Callable[..., Any], **settings: Any) -> list[Any]:
         """Run micro-batches forward (and backward) through all stages; results of the last stage, else none."""
@@ -221,6 +219,8 @@ class PolicyTrainer:
             seq_length=1,  # shapes come from the packs
             micro_batch_size=1,
             prefix_activations=self.settings.prefix_activations,
+            # A model without stages may be in a job that has some. With stages megatron-core finds the groups itself.
+            pg_collection=self.groups if self.pp_group.size() == 1 else None,
             **settings,
         )
 
