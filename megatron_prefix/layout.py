@@ -22,6 +22,9 @@ from typing import NamedTuple
 FLOPS_PER_PAIR = 14
 """Of one (query, key) pair, per head and channel: two matrix products forward and five backward, two FLOPs each."""
 
+FORWARD_FLOPS_PER_PAIR = 4
+"""Those of the forward."""
+
 
 class AncestorRange(NamedTuple):
     """Queries of a segment's descendants (contiguous, because depth-first) against that segment's keys, in rows."""

@@ -127,15 +127,46 @@ class MemoryTracker:
         peak_bytes: the most that was alive at one time inside the block.
         current_bytes: alive now. On the CPU frees are followed after the block too; on CUDA it stays as the block left
             it.
+        phase_peaks: the most that was alive at one time in each phase that `lap` ended.
     """
 
     def __init__(self) -> None:
         self.peak_bytes = 0
         self.current_bytes = 0
+        self.phase_peaks: dict[str, int] = {}
+        self._phase_peak = 0
+
+    def lap(self, phase: str) -> None:
+        """What was alive since the last lap (or the start) was so in ``phase``."""
+        self.phase_peaks[phase] = self._phase_peak
+        self._phase_peak = self.current_bytes
 
     def _add(self, num_bytes: int) -> None:
         self.current_bytes += num_bytes
+        self._phase_peak = max(self._phase_peak, self.current_bytes)
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+
+
+class _CudaTracker(MemoryTracker):
+    """torch's allocator counts, from what was allocated when the block began."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        self.before = torch.cuda.memory_allocated(device)
+
+    def lap(self, phase: str) -> None:
+        self.read()
+        super().lap(phase)
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def read(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self._phase_peak = torch.cuda.max_memory_allocated(self.device) - self.before
+        self.peak_bytes = max(self.peak_bytes, self._phase_peak)
+        self.current_bytes = torch.cuda.memory_allocated(self.device) - self.before
 
 
 def track_memory(device: torch.device | str = "cpu") -> AbstractContextManager[MemoryTracker]:
@@ -154,16 +185,11 @@ class _CudaMemory:
         self.device = device
 
     def __enter__(self) -> MemoryTracker:
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.before = torch.cuda.memory_allocated(self.device)
-        self.tracker = MemoryTracker()
+        self.tracker = _CudaTracker(self.device)
         return self.tracker
 
     def __exit__(self, *_: object) -> None:
-        torch.cuda.synchronize(self.device)
-        self.tracker.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self.before
-        self.tracker.current_bytes = torch.cuda.memory_allocated(self.device) - self.before
+        self.tracker.read()
 
 
 class _CpuMemory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 import torch
 
 from megatron_prefix.attention import KERNELS, check_impl
-from megatron_prefix.bench import attention, context_parallel, over_ranks
+from megatron_prefix.bench import attention, context_parallel, over_ranks, split_report
 from megatron_prefix.bench.group import DTYPES, GroupSizes
 from megatron_prefix.bench.report import ResultsDifferError, summary, table
 from megatron_prefix.cli.console import (
@@ -23,9 +24,7 @@ from megatron_prefix.cli.console import (
     torchrun_ranks,
 )
 from megatron_prefix.cli.cp_options import SIZE, Command, CpFlags, cp_flags
-from megatron_prefix.model_config import ModelConfig
-
-SHAPE_FLAGS = ("layers", "hidden_size", "ffn_hidden_size", "heads", "kv_heads", "head_dim", "vocab_size")
+from megatron_prefix.cli.model_shape import ShapeFlags, shape_flags
 
 
 @click.group("bench")
@@ -36,10 +35,20 @@ def bench_command() -> None:
     """
 
 
-def _common(command: Command) -> Command:
-    """The options of both benchmarks."""
+class SizeList(click.ParamType):
+    """Numbers of 1 or more, with commas between them; an empty text is none."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """From "4,8" to (4, 8)."""
+        return tuple(SIZE.convert(size.strip(), param, ctx) for size in value.split(",")) if value else ()
+
+
+def _common(command: Command, group_size: int = 8) -> Command:
+    """The options of all benchmarks."""
     options = (
-        click.option("--group-size", type=SIZE, default=8, help="Responses of the group (G)."),
+        click.option("--group-size", type=SIZE, default=group_size, help="Responses of the group (G)."),
         click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", help="Of all tensors."),
         click.option("--impl", type=click.Choice(["auto", *KERNELS]), default="auto", help="Attention kernel."),
         click.option("--repeats", type=SIZE, default=5, help="Timed runs of each path, in turn."),
@@ -117,33 +126,13 @@ def attention_command(
 @bench_command.command("step")
 @click.option("--prefix-len", type=SIZE, default=2048, help="Rows of the shared prefix (P).")
 @click.option("--response-len", type=SIZE, default=128, help="Rows of each response (R).")
-@click.option("--layers", type=SIZE, default=4, help="Transformer layers.")
-@click.option("--hidden-size", type=SIZE, default=256, help="Width of the model.")
-@click.option("--ffn-hidden-size", type=SIZE, default=None, help="Width of the MLP; default: 3 x --hidden-size.")
-@click.option("--heads", type=SIZE, default=4, help="Query heads.")
-@click.option("--kv-heads", type=SIZE, default=2, help="Key-value heads.")
-@click.option("--head-dim", type=SIZE, default=None, help="Channels of a head; default: --hidden-size / --heads.")
-@click.option("--vocab-size", type=SIZE, default=2048, help="Tokens of the vocabulary.")
-@click.option(
-    "--model",
-    type=click.Path(exists=True, path_type=Path),
-    help="Checkpoint folder or model.json whose shape to use instead (weights stay random).",
-)
+@shape_flags
 @cp_flags()
 @_common
-@click.pass_context
 def step_command(
-    ctx: click.Context,
     prefix_len: int,
     response_len: int,
-    layers: int,
-    hidden_size: int,
-    ffn_hidden_size: int | None,
-    heads: int,
-    kv_heads: int,
-    head_dim: int | None,
-    vocab_size: int,
-    model: Path | None,
+    shape: ShapeFlags,
     cp: CpFlags,
     group_size: int,
     dtype: str,
@@ -164,24 +153,7 @@ def step_command(
     torchrun --nproc-per-node 2 -m megatron_prefix bench step --cp 2 --cp-comm-type a2a
     """
     group = GroupSizes(prefix_len, response_len, group_size)
-    if model is not None:
-        given = [
-            name for name in SHAPE_FLAGS if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        ]
-        if given:
-            raise ValueError(f"--model gives the shape; leave out --{given[0].replace('_', '-')}")
-        config = ModelConfig.from_json(model / "model.json" if model.is_dir() else model)
-    else:
-        config = ModelConfig(
-            num_layers=layers,
-            hidden_size=hidden_size,
-            ffn_hidden_size=ffn_hidden_size or 3 * hidden_size,
-            num_attention_heads=heads,
-            num_query_groups=kv_heads,
-            head_dim=head_dim,
-            vocab_size=vocab_size,
-            max_position_embeddings=prefix_len + response_len,
-        )
+    config = shape.config(prefix_len + response_len)
     _check_call(out, impl, dtype, config.channels, cp.cp)
     # megatron-core takes seconds to import: not for `bench attention`, nor for bad input.
     from megatron_prefix.bench import step, step_over_ranks
@@ -204,6 +176,75 @@ def step_command(
             _run_and_report("bench step --cp", over_ranks.num_runs(repeats), run_over_ranks, as_json, out)
         else:
             _run_and_report("bench step", step.num_runs(repeats), run, as_json, out)
+    finally:
+        destroy()
+
+
+@bench_command.command("split")
+@click.option("--prefix-len", type=SIZE, default=2048, help="Rows of the shared prefix (P).")
+@click.option("--response-len", type=SIZE, default=128, help="Rows of each response (R).")
+@click.option("--parts", type=SIZE, default=4, help="Micro-batches that the responses are spread over.")
+@click.option(
+    "--prefix-activations",
+    type=click.Choice(["keep", "recompute", "offload"]),
+    multiple=True,
+    default=("keep", "recompute"),
+    help="What the prefix's backward starts from; give it several times to compare.",
+)
+@click.option(
+    "--group-sizes",
+    type=SizeList(),
+    default="4,8,16,32",
+    help="Groups (numbers of responses) whose memory is compared, in parts of one size.",
+)
+@click.option("--repeated", is_flag=True, help="Also run every response as a sequence of its own.")
+@shape_flags
+@partial(_common, group_size=16)
+def split_command(
+    prefix_len: int,
+    response_len: int,
+    parts: int,
+    prefix_activations: tuple[str, ...],
+    group_sizes: tuple[int, ...],
+    repeated: bool,
+    shape: ShapeFlags,
+    group_size: int,
+    dtype: str,
+    impl: str,
+    repeats: int,
+    seed: int,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """A training step of a group that does not fit a micro-batch: the prefix once and responses in parts, against the
+    unsplit group, and against parts that encode the prefix again.
+
+    Memory is counted beside the parameters and their gradient buffers. On the CPU, offloading keeps the activations
+    where they are.
+
+    \b
+    megatron-prefix bench split
+    megatron-prefix bench split --group-size 32 --parts 8 --prefix-activations recompute --repeated
+    """
+    group = GroupSizes(prefix_len, response_len, group_size)
+    config = shape.config(prefix_len + response_len)
+    _check_call(out, impl, dtype, config.channels)
+    from megatron_prefix.bench import split
+    from megatron_prefix.bench.step import StepSettings
+    from megatron_prefix.cli.options import ParallelFlags
+    from megatron_prefix.mcore.parallel import destroy
+
+    settings = split.SplitSettings(parts, prefix_activations, group_sizes, repeated)
+    settings.check(group)
+
+    def run(after_each: Callable[[str], None]) -> dict[str, Any]:
+        return split.bench_split(
+            group, config, StepSettings(dtype, impl), settings, repeats=repeats, seed=seed, after_each=after_each
+        )
+
+    ParallelFlags(dp=1).start(seed)
+    try:
+        _run_and_report("bench split", split.num_runs(settings, repeats, dtype), run, as_json, out)
     finally:
         destroy()
 
@@ -243,7 +284,12 @@ def _run_and_report(
         report = error.report
         console.print(str(error), style="red", markup=False)
     else:
-        if "ranks" in report:
+        if report["bench"] == "split":
+            print_table(*split_report.table(report))
+            if report["by_group_size"]:
+                print_table(*split_report.memory_table(report))
+            console.print(split_report.summary(report), markup=False)
+        elif "ranks" in report:
             print_table(*over_ranks.table(report))
         else:
             print_table(*table(report))
