@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from megatron_prefix.attention.prefix_cache import PrefixCache
 from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.layout import PartLayout
 from megatron_prefix.mcore.deferred import DeferredGraph, hold_back, run_later
 from megatron_prefix.mcore.log_probs import attention_layer_numbers, prefix_hidden_states, unwrap
 from megatron_prefix.mcore.step_errors import StepErrors
@@ -73,10 +75,11 @@ def forward_backward_prefix_groups(
         )
     chunks = model if isinstance(model, list) else [model]
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-    queues = [_jobs([next(iterator) for _ in range(num_microbatches)], forward_only) for iterator in iterators]
+    items = [list(islice(iterator, num_microbatches)) for iterator in iterators]
     stages = parallel_state.get_pipeline_model_parallel_group() if pg_collection is None else pg_collection.pp
-    for queue in queues:
-        _check_stages(queue, stages)
+    for mine in items:
+        _check_stages(mine, stages)
+    queues = [_jobs(mine, num_microbatches, forward_only) for mine in items]
     config = unwrap(chunks[0]).config  # the one that megatron-core's schedules read
     idle = _idle_jobs(len(queues[0]), config)
     total = len(queues[0]) + idle
@@ -150,8 +153,10 @@ def _pack_of(item: Any) -> Pack:
     return item if isinstance(item, Pack) else item.pack
 
 
-def _jobs(items: list[Any], forward_only: bool) -> list[_Job]:
+def _jobs(items: list[Any], num_microbatches: int, forward_only: bool) -> list[_Job]:
     """The step's micro-batches of one model chunk, with a C behind the last part of every prefix."""
+    if len(items) < num_microbatches:
+        raise ValueError(f"the data iterator ended after {len(items)} of {num_microbatches} micro-batches")
     last_part: dict[int, int] = {}
     begins: dict[int, _Job] = {}
     for i, item in enumerate(items):
@@ -168,6 +173,7 @@ def _jobs(items: list[Any], forward_only: bool) -> list[_Job]:
                 f"micro-batch {i} is a part without its prefix before it; keep the order of pack_and_split"
             )
         else:
+            _check_part(i, pack)
             last_part[key] = i
     for key, begin in begins.items():
         if key not in last_part:
@@ -189,9 +195,21 @@ def _jobs(items: list[Any], forward_only: bool) -> list[_Job]:
     return jobs
 
 
-def _check_stages(jobs: list[_Job], group: Any) -> None:
+def _check_part(number: int, pack: Pack) -> None:
+    """Raises ValueError for a part that was made for another prefix."""
+    assert pack.prefix is not None and isinstance(pack.layout, PartLayout)
+    if pack.layout.num_cached_rows > pack.prefix.num_rows:
+        raise ValueError(
+            f"micro-batch {number} reads {pack.layout.num_cached_rows} rows of a prefix that has "
+            f"{pack.prefix.num_rows}; keep pack_and_split's packs together"
+        )
+
+
+def _check_stages(items: list[Any], group: Any) -> None:
     """Raises ValueError on every stage when stages would run different micro-batches, once per step."""
-    mine = [job.pack.layout.checksum if job.item is not None else 0 for job in jobs]
+    packs = [_pack_of(item) for item in items]
+    prefixes: dict[int, int] = {}  # numbered as they come: parts of equal layout may belong to different groups
+    mine = [(pack.layout.checksum, prefixes.setdefault(id(pack.prefix), len(prefixes))) for pack in packs]
     stages = all_gather_object(mine, group)
     for stage, theirs in enumerate(stages):
         if theirs == stages[0]:
