@@ -12,7 +12,7 @@ import click
 import torch
 
 from megatron_prefix.attention import KERNELS, check_impl
-from megatron_prefix.bench import attention, context_parallel, over_ranks, split_report
+from megatron_prefix.bench import attention, context_parallel, over_ranks, planned_rows, split_report
 from megatron_prefix.bench.group import DTYPES, GroupSizes
 from megatron_prefix.bench.report import ResultsDifferError, summary, table
 from megatron_prefix.cli.console import (
@@ -198,6 +198,7 @@ def step_command(
     help="Groups (numbers of responses) whose memory is compared, in parts of one size.",
 )
 @click.option("--repeated", is_flag=True, help="Also run every response as a sequence of its own.")
+@click.option("--dry-run", is_flag=True, help="Run nothing: count the rows of the planned micro-batches.")
 @shape_flags
 @partial(_common, group_size=16)
 def split_command(
@@ -207,6 +208,7 @@ def split_command(
     prefix_activations: tuple[str, ...],
     group_sizes: tuple[int, ...],
     repeated: bool,
+    dry_run: bool,
     shape: ShapeFlags,
     group_size: int,
     dtype: str,
@@ -225,8 +227,15 @@ def split_command(
     \b
     megatron-prefix bench split
     megatron-prefix bench split --group-size 32 --parts 8 --prefix-activations recompute --repeated
+    megatron-prefix bench split --dry-run --prefix-len 16384 --response-len 1024 --group-size 16 --parts 4
     """
     group = GroupSizes(prefix_len, response_len, group_size)
+    if dry_run:
+        _check_out(out)
+        planned = planned_rows.planned_rows(group, parts)
+        print_table(*planned_rows.table(planned))
+        _write(planned, as_json, out)
+        return
     config = shape.config(prefix_len + response_len)
     _check_call(out, impl, dtype, config.channels)
     from megatron_prefix.bench import split
@@ -261,8 +270,7 @@ def _check_call(out: Path | None, impl: str, dtype: str, head_dim: int, processe
             f"this benchmark runs in {processes} process(es), {started} run; start it with torchrun --nproc-per-node "
             f"{processes}, or without torchrun for 1"
         )
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    _check_out(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_impl(impl, device, DTYPES[dtype], head_dim, cp_size=processes)
     return device
@@ -294,9 +302,18 @@ def _run_and_report(
         else:
             print_table(*table(report))
             console.print(summary(report), markup=False)
+    _write(report, as_json, out)
+    if not report["ok"]:
+        raise SystemExit(1)
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+
+
+def _write(report: dict[str, Any], as_json: bool, out: Path | None) -> None:
     if out is not None and torchrun_ranks()[0] == 0:
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if as_json:
         print_json(report)
-    if not report["ok"]:
-        raise SystemExit(1)
