@@ -31,8 +31,10 @@ from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.layout import PartLayout
 from megatron_prefix.mcore.deferred import DeferredGraph, hold_back, run_later
 from megatron_prefix.mcore.log_probs import attention_layer_numbers, prefix_hidden_states, unwrap
+from megatron_prefix.mcore.schedule_trace import ScheduleTrace
 from megatron_prefix.mcore.step_errors import StepErrors
 from megatron_prefix.packing import Pack
+from megatron_prefix.pipeline_plan import PipelineJob, num_idle_jobs, order_jobs, pipeline_jobs
 
 PREFIX_ACTIVATIONS = ("keep", "recompute", "offload")
 
@@ -48,6 +50,8 @@ def forward_backward_prefix_groups(
     num_microbatches: int,
     forward_only: bool = False,
     prefix_activations: str = "keep",
+    max_live_prefixes: int | None = None,
+    trace: ScheduleTrace | None = None,
     pg_collection: Any = None,
     **settings: Any,
 ) -> list[Any]:
@@ -56,12 +60,16 @@ def forward_backward_prefix_groups(
     Arguments and result are those of the function that ``get_forward_backward_func()`` returns. What ``data_iterator``
     yields must be packs, or have their pack as ``.pack``, in the order of `pack_and_split`: a prefix before its parts.
     ``num_microbatches`` counts them all; ``forward_step_func`` is called for those with targets. A loss that
-    megatron-core averages over micro-batches is averaged over these.
+    megatron-core averages over micro-batches is averaged over these. Steps with a backward run in the order that
+    `order_jobs` finds; results come in that of the iterator.
 
     Args:
         prefix_activations: what becomes of a prefix's activations until its backward, beyond keys and values: "keep"
             (under the model's own recompute setting), "recompute" (the stage's input is kept, its forward runs again)
             or "offload" (to host memory).
+        max_live_prefixes: the most split groups that a pipeline stage may hold the prefixes of, see `order_jobs`: more
+            of them make for smaller bubbles.
+        trace: records this step.
         pg_collection: the model's process groups; None for those of megatron-core's ``parallel_state``.
 
     Raises:
@@ -81,22 +89,27 @@ def forward_backward_prefix_groups(
         _check_stages(mine, stages)
     queues = [_jobs(mine, num_microbatches, forward_only) for mine in items]
     config = unwrap(chunks[0]).config  # the one that megatron-core's schedules read
-    idle = _idle_jobs(len(queues[0]), config)
-    total = len(queues[0]) + idle
+    plan = _plan(queues[0], config, stages.size(), max_live_prefixes, forward_only)
+    total = len(plan)
     if not config.calculate_per_token_loss and any(job.kind == "A" and job.has_targets for job in queues[0]):
         raise ValueError("a tree split below trained tokens needs calculate_per_token_loss=True: set it in the config")
     average = 1.0 if config.calculate_per_token_loss else total / sum(job.kind == "B" for job in queues[0])
     for queue in queues:
-        queue += [_Job("idle") for _ in range(idle)]
+        queue += [_Job("idle") for _ in range(total - len(queue))]
+        queue[:] = [queue[given] for given, _ in plan]
         queue[-1].is_last = True
         for number, job in enumerate(queue):
             job.number = number
     ready = [iter(queue) for queue in queues]
     step = _Step(forward_step_func, average, prefix_activations, StepErrors())
+    forward = step.forward
+    if trace is not None:
+        trace.start(chunks, [job for _, job in plan], stages)
+        forward = trace.around(forward)
     try:
         schedule = forward_backward_no_pipelining if stages.size() == 1 else get_forward_backward_func()
         results = schedule(
-            forward_step_func=step.forward,
+            forward_step_func=forward,
             data_iterator=ready if isinstance(data_iterator, list) else ready[0],
             model=model,
             num_microbatches=total,
@@ -108,7 +121,8 @@ def forward_backward_prefix_groups(
     finally:
         for job in (job for queue in queues for job in queue):
             job.close()
-    return [result for result in results if result is not _NOTHING]
+    found = sorted(zip(plan, results, strict=False), key=lambda pair: pair[0][0])  # stages but the last have no results
+    return [result for _, result in found if result is not _NOTHING]
 
 
 @dataclass(eq=False)
@@ -119,7 +133,7 @@ class _Job:
         kind: "A", "B", "C", or "idle": neither loss nor work, where an interleaved pipeline needs one more.
         item: what the data iterator yielded (A and B).
         begin: the A of a C.
-        number: in the step, from 0.
+        number: in the step, from 0, in the order of the forwards.
         is_last: of the step: its backward is the one during which megatron-core synchronises gradients.
         ends_prefix: a forward-only part after which no other reads the prefix.
         graph: of an A that has run, held until C.
@@ -222,16 +236,18 @@ def _check_stages(items: list[Any], group: Any) -> None:
         )
 
 
-def _idle_jobs(count: int, config: Any) -> int:
-    """How many micro-batches an interleaved pipeline needs beside ``count``: its last group must not be short."""
-    if config.virtual_pipeline_model_parallel_size is None:
-        return 0
-    stages = config.pipeline_model_parallel_size
-    group = config.microbatch_group_size_per_vp_stage or stages
-    total = max(count, group)
-    while 0 < total % group < stages:
-        total += 1
-    return total - count
+def _plan(
+    jobs: list[_Job], config: Any, num_stages: int, max_live: int | None, forward_only: bool
+) -> list[tuple[int, PipelineJob]]:
+    """The order of a step's micro-batches, idle ones behind: where each stands in ``jobs``, and its work."""
+    packs = [job.pack for job in jobs if job.item is not None]
+    plan = pipeline_jobs(packs, pair_cost=1 / (6 * config.hidden_size), forward_only=forward_only)
+    chunks, group = config.virtual_pipeline_model_parallel_size, config.microbatch_group_size_per_vp_stage
+    order = list(range(len(plan)))
+    if not forward_only:
+        order = order_jobs(plan, num_stages, num_chunks=chunks, chunk_group=group, max_live_prefixes=max_live)
+    idle = num_idle_jobs(len(plan), num_stages, chunks, group)
+    return [*((n, plan[n]) for n in order), *((len(plan) + n, PipelineJob("idle", 0.0)) for n in range(idle))]
 
 
 @dataclass(frozen=True)

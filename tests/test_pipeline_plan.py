@@ -1,0 +1,200 @@
+"""The plan of a pipeline: times, order and live prefixes, by hand and against traced steps of real stages."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_prefix.mcore.log_probs import response_log_probs
+from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
+from megatron_prefix.mcore.schedule_trace import ScheduleTrace
+from megatron_prefix.pipeline_plan import (
+    BACKWARD_WORK,
+    PipelineJob,
+    PipelineRun,
+    even_bubble,
+    order_jobs,
+    pipeline_jobs,
+    plan_pipeline,
+)
+from megatron_prefix.splitting import pack_and_split
+from tests import pipeline_cases as pc
+from tests.distributed import run_distributed
+from tests.mcore_helpers import start
+
+
+def jobs_of(*groups: tuple[float, list[float]], whole: tuple[float, ...] = ()) -> list[PipelineJob]:
+    """Groups of (prefix, parts), one after the other."""
+    jobs = []
+    for number, (prefix, parts) in enumerate(groups):
+        jobs.append(PipelineJob("A", prefix, number))
+        jobs += [PipelineJob("B", part, number) for part in parts]
+        jobs.append(PipelineJob("C", prefix, number))
+    return jobs + [PipelineJob("whole", work) for work in whole]
+
+
+EVEN = jobs_of(*[(8.0, [8.0] * 4)] * 8, whole=(8.0,) * 3)
+PUBLISHED = jobs_of(*[(16.0, [4.0] * 4)] * 8)  # P = 16384, G = 16 responses of 1024, four parts
+
+
+def random_jobs(seed: int) -> list[PipelineJob]:
+    draw = random.Random(seed)
+    groups = [
+        (float(draw.randint(1, 16)), [float(draw.randint(1, 16)) for _ in range(draw.randint(1, 5))])
+        for _ in range(draw.randint(1, 6))
+    ]
+    return jobs_of(*groups, whole=tuple(float(draw.randint(1, 16)) for _ in range(draw.randint(0, 4))))
+
+
+@pytest.mark.parametrize(("stages", "chunks"), [(1, None), (2, None), (4, None), (8, None), (2, 2), (4, 2), (4, 3)])
+@pytest.mark.parametrize("count", [1, 8, 24])
+def test_even_micro_batches_have_megatrons_bubble(stages: int, chunks: int | None, count: int) -> None:
+    if chunks and count % stages:
+        count = 4 * stages
+    run = plan_pipeline([PipelineJob("whole", 3.0)] * count, stages, num_chunks=chunks)
+    assert run.bubble == pytest.approx(even_bubble(count, stages, chunks))
+    assert sum(run.busy) == pytest.approx(stages * count * 3 * (1 + BACKWARD_WORK))
+    assert run.live_prefixes == 0
+
+
+def test_a_group_on_two_stages_by_hand() -> None:
+    """A is 2, parts 1 and 3: both stages forward and backward, with when they start and end."""
+    run = plan_pipeline(jobs_of((2.0, [1.0, 3.0])), 2)
+    found = [[(span.kind + "fb"[span.backward], span.start, span.end) for span in run.on_stage(s)] for s in (0, 1)]
+    assert found == [
+        [("Af", 0, 2), ("Bf", 2, 3), ("Ab", 4, 4), ("Bf", 4, 7), ("Bb", 7, 9), ("Cf", 9, 9), ("Bb", 16, 22),
+         ("Cb", 22, 26)],
+        [("Af", 2, 4), ("Ab", 4, 4), ("Bf", 4, 5), ("Bb", 5, 7), ("Bf", 7, 10), ("Bb", 10, 16), ("Cf", 16, 16),
+         ("Cb", 16, 20)],
+    ]  # fmt: skip
+    assert run.busy == (18, 18) and run.bubble == pytest.approx(1 - 36 / 52)
+    assert run.live_prefixes == 1
+    line = "pipeline 2 stages, 3 micro-batches (1 group in 2 parts), bubble 0.31, at most 1 prefix live"
+    assert run.describe() == line
+
+
+def test_a_group_after_the_other_overlaps_on_the_first_stage() -> None:
+    """Its next prefix is encoded while the last part of the one before waits for its gradient."""
+    run = plan_pipeline(jobs_of((1.0, [1.0]), (1.0, [1.0])), 2)
+    kinds = [span.kind + "fb"[span.backward] for span in run.on_stage(0)]
+    assert kinds == ["Af", "Bf", "Ab", "Cf", "Bb", "Af", "Cb", "Bf", "Ab", "Cf", "Bb", "Cb"]
+    assert run.live_prefixes == 2
+    with pytest.raises(ValueError, match="0 jobs and 2 stages"):
+        plan_pipeline([], 2)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "stages", "chunks", "before", "after"),
+    [(EVEN, 2, None, 0.17, 0.08), (EVEN, 4, None, 0.20, 0.125), (PUBLISHED, 4, None, 0.49, 0.28),
+     (PUBLISHED, 8, None, 0.68, 0.31), (PUBLISHED, 4, 2, 0.42, 0.25)],
+)  # fmt: skip
+def test_waves_make_the_bubble_smaller(
+    jobs: list[PipelineJob], stages: int, chunks: int | None, before: float, after: float
+) -> None:
+    plain = plan_pipeline(jobs, stages, num_chunks=chunks)
+    assert before - 0.02 < plain.bubble < before
+    order = order_jobs(jobs, stages, num_chunks=chunks)
+    ordered = plan_pipeline([jobs[i] for i in order], stages, num_chunks=chunks)
+    assert ordered.bubble < after and ordered.live_prefixes <= stages
+    # With all prefixes at once, equal micro-batches come to megatron-core's bubble.
+    if jobs is EVEN:
+        order = order_jobs(jobs, stages, max_live_prefixes=8)
+        ordinary = sum(job.kind != "C" for job in jobs)
+        assert plan_pipeline([jobs[i] for i in order], stages).bubble == pytest.approx(even_bubble(ordinary, stages))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_order_is_a_step(seed: int) -> None:
+    """A before the parts and C after them; nothing lost; never worse than one after the other; the cap holds."""
+    jobs = random_jobs(seed)
+    for stages, chunks, limit in ((1, None, None), (2, None, 1), (3, None, None), (4, 2, 3)):
+        plain = plan_pipeline(jobs, stages, num_chunks=chunks)
+        order = order_jobs(jobs, stages, num_chunks=chunks, max_live_prefixes=limit)
+        assert sorted(order) == list(range(len(jobs)))
+        ordered = [jobs[i] for i in order]
+        for prefix in {job.prefix for job in jobs if job.prefix is not None}:
+            mine = [i for i in order if jobs[i].prefix == prefix]
+            assert mine == sorted(mine)
+            assert [jobs[i].kind for i in mine] == ["A", *"B" * (len(mine) - 2), "C"]
+        run = plan_pipeline(ordered, stages, num_chunks=chunks)
+        assert run.total <= plain.total
+        assert run.live_prefixes <= max(plain.live_prefixes, stages if limit is None else limit)
+        assert stages > 1 or ordered == jobs
+
+
+def test_jobs_of_packs() -> None:
+    packs = pack_and_split(pc.batch(), max_tokens_per_pack=16)
+    jobs = pipeline_jobs(packs, pair_cost=0.5)
+    assert [job.kind for job in jobs if job.kind != "C"] == [
+        "whole" if pack.prefix is None else "A" if pack.is_prefix else "B" for pack in packs
+    ]
+    assert [job.work for job in jobs if job.kind != "C"] == [
+        pack.layout.num_rows + 0.5 * pack.layout.area for pack in packs
+    ]
+    for number in range(4):
+        kinds = [job.kind for job in jobs if job.prefix == number]
+        assert kinds == ["A", *"B" * (len(kinds) - 2), "C"]
+    assert pipeline_jobs(packs, forward_only=True) == [job for job in pipeline_jobs(packs) if job.kind != "C"]
+
+
+# ---- traced
+
+
+def traced_steps(rank: int, world_size: int) -> list[tuple[PipelineRun, PipelineRun]]:
+    """(traced, planned) steps of two stages: 1F1B and interleaved, with a backward and without."""
+    found = []
+    for vpp in (None, 2):
+        start(pp=2, **({"vpp": vpp} if vpp else {}))
+        chunks = pc.build(pc.Case(pp=2, vpp=vpp))
+        for chunk in chunks:
+            chunk.config.calculate_per_token_loss = True
+        for forward_only in (False, True):
+            trace = ScheduleTrace()
+            packs = pack_and_split(pc.batch(), max_tokens_per_pack=16)
+            iterators = [iter(packs) for _ in chunks]
+            results = forward_backward_prefix_groups(
+                forward_step_func=forward_step,
+                data_iterator=iterators if vpp else iterators[0],
+                model=chunks if vpp else chunks[0],
+                num_microbatches=len(packs),
+                forward_only=forward_only,
+                seq_length=1,
+                micro_batch_size=1,
+                trace=trace,
+            )
+            with_loss = [float(pack.response_rows.numel()) for pack in packs if pack.response_rows.numel()]
+            assert [float(x) for x in results] == (with_loss if rank == 1 else [])
+            work = [job for job in trace.jobs if job.kind != "idle"]
+            plan = plan_pipeline(work, 2, num_chunks=vpp, forward_only=forward_only)
+            found.append((trace.gather(), plan))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def forward_step(iterator: object, model: torch.nn.Module) -> tuple[torch.Tensor, object]:
+    pack = next(iterator)  # type: ignore[call-overload]
+    rows = torch.tensor(float(pack.response_rows.numel()))
+    return response_log_probs(model, pack), lambda output: (output.sum(), torch.ones((), dtype=torch.int), rows)
+
+
+def test_a_traced_step_is_the_planned_one() -> None:
+    for steps in run_distributed(traced_steps, 2):
+        for traced, planned in steps:
+            assert traced.jobs == planned.jobs
+            for stage in (0, 1):
+                assert traced.order(stage) == planned.order(stage)
+                spans = traced.on_stage(stage)
+                assert all(a.end <= b.start for a, b in pairwise(spans))
+                # Work is where it should be. Processor time, since others may run on this machine.
+                seconds = {(kind, backward): 0.0 for kind in ("A", "B", "C", "whole", "idle") for backward in (0, 1)}
+                for span in spans:
+                    seconds[span.kind, span.backward] += span.cpu_seconds
+                assert seconds["A", False] > 5 * seconds["C", False]
+                if any(span.backward for span in spans):
+                    assert seconds["C", True] > 5 * seconds["A", True] > 0
+                    assert seconds["B", True] > seconds["A", False]
+                else:
+                    assert seconds["C", True] == seconds["B", True] == 0
+            assert 0 < traced.bubble < 1 and traced.live_prefixes == planned.live_prefixes
