@@ -46,6 +46,9 @@ class Case:
     tp: int = 1
     sequence_parallel: bool = False
     dp: int = 1
+    cp: int = 1
+    cp_comm_type: str = "p2p"
+    cp_placement: str = "branch"
     recompute: str = "none"
     limit: int = 16
     prefix_activations: str = "keep"
@@ -58,7 +61,7 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        return self.pp * self.tp * self.dp
+        return self.pp * self.tp * self.dp * self.cp
 
     @property
     def name(self) -> str:
@@ -123,6 +126,7 @@ def settings_of(case: Case) -> TrainSettings:
         overlap_grad_reduce=case.overlap,
         distributed_optimizer=case.distributed_optimizer,
         prefix_activations=case.prefix_activations,
+        cp_placement=case.cp_placement,
     )
 
 
@@ -134,6 +138,8 @@ def build(case: Case, *, plain: bool = False) -> list[Any]:
     """The model chunks of this rank: with prefix-grouped attention, or as megatron-core has them."""
     config = config_of(case)
     settings: dict[str, Any] = {"dtype": getattr(torch, case.dtype), "sequence_parallel": case.sequence_parallel}
+    if case.cp > 1:
+        settings["overrides"] = {"cp_comm_type": case.cp_comm_type}
     spec = None if plain else prefix_gpt_layer_spec(transformer_config(config, **settings))
     stages = range(case.vpp) if case.vpp else (None,)
     settings |= {"seed": 1, "recompute": case.recompute}
@@ -246,7 +252,7 @@ def _whole_gradients(trainer: PolicyTrainer, model: Any) -> Whole:
 def compare_all(rank: int, world_size: int, cases: Sequence[Case], folder: Path) -> list[dict[str, float]]:
     found = []
     for case in cases:
-        start(pp=case.pp, tp=case.tp, **({"vpp": case.vpp} if case.vpp else {}))
+        start(pp=case.pp, tp=case.tp, cp=case.cp, **({"vpp": case.vpp} if case.vpp else {}))
         try:
             found.append(_compare_bf16(case, folder) if case.dtype == "bfloat16" else compare(case, folder))
         except Exception as error:

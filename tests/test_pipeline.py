@@ -27,6 +27,8 @@ CASES = [
     Case(pp=2, vpp=2, recompute="selective", limit=30, prefix_activations="recompute", steps=0),
     Case(tp=2, sequence_parallel=True, recompute="selective", tied=True, steps=0),
     Case(dp=2, dtype="float32", overlap=True, distributed_optimizer=True),
+    Case(cp=2, steps=0),
+    Case(cp=2, cp_comm_type="a2a", cp_placement="dual_chunk_swap", recompute="full", tied=True, steps=0),
     # three
     Case(layers=6, pp=3, vpp=2, tied=True, recompute="selective", steps=0),
     Case(layers=6, pp=3, tied=True, overlap=True, prefix_activations="recompute", steps=0),
@@ -36,6 +38,7 @@ CASES = [
     Case(layers=8, pp=4, vpp=2, prefix_activations="offload", steps=0),
     Case(pp=4, recompute="full", tied=True, steps=0),
     Case(pp=2, dp=2, vpp=2, dtype="float32", overlap=True, distributed_optimizer=True),
+    Case(pp=2, cp=2, cp_comm_type="all_gather", cp_placement="dual_chunk_swap", overlap=True, tied=True, steps=0),
     # rounding
     Case(dtype="bfloat16", recompute="full"),
     Case(dtype="bfloat16", pp=2),
@@ -69,6 +72,9 @@ def test_the_cases_cover_every_setting() -> None:
         "vpp": {None, 2},
         "tp": {1, 2},
         "dp": {1, 2},
+        "cp": {1, 2},
+        "cp_comm_type": {"p2p", "all_gather", "a2a"},
+        "cp_placement": {"branch", "dual_chunk_swap"},
         "recompute": {"none", "selective", "full"},
         "tied": {False, True},
         "overlap": {False, True},
