@@ -67,8 +67,8 @@ def _common(command: Command, group_size: int = 8) -> Command:
 @bench_command.command("attention")
 @click.option("--prefix-len", type=SIZE, default=4096, help="Rows of the shared prefix (P).")
 @click.option("--response-len", type=SIZE, default=256, help="Rows of each response (R).")
-@click.option("--heads", type=SIZE, default=8, help="Query heads.")
-@click.option("--kv-heads", type=SIZE, default=8, help="Key-value heads.")
+@click.option("--heads", type=SIZE, default=16, help="Query heads.")
+@click.option("--kv-heads", type=SIZE, default=16, help="Key-value heads.")
 @click.option("--head-dim", type=SIZE, default=64, help="Channels of a head.")
 @cp_flags()
 @_common

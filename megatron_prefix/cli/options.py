@@ -268,4 +268,9 @@ def train_options(command: Command) -> Command:
         click.option("--chunk-rows", type=int, default=4096, help="Most rows whose logits exist at once."),
         cp_placement_option,
         prefix_activations_option,
+        click.option(
+            "--max-live-prefixes",
+            type=click.IntRange(1),
+            help="Most split groups that a pipeline stage holds the prefixes of; default: --pp.",
+        ),
     )

@@ -42,9 +42,11 @@ from megatron_prefix.mcore.compare import StepComparison, compare_step
 from megatron_prefix.mcore.core_attention import attention_layers
 from megatron_prefix.mcore.parallel import destroy
 from megatron_prefix.mcore.repeated import repeated_log_probs
+from megatron_prefix.mcore.schedule import describe_step
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.packing import RolloutTree, balance_groups
+from megatron_prefix.packing import Pack, balance_groups
+from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup, read_rollouts
 from megatron_prefix.splitting import pack_and_split, plan_splits, split_first
 
@@ -148,6 +150,9 @@ def train_command(
     if splits:
         parts = sum(len(split.parts) for split in splits)
         console.print(f"{len(splits)} of {len(groups)} groups are split, into {parts} parts; their prefixes run once")
+    if sizes.pp > 1 and batches:
+        packs = run.packs(run.share(batches[0]))
+        console.print(describe_step(packs, trainer.config, max_live_prefixes=settings.max_live_prefixes))
     if sizes.cp > 1:
         layers = attention_layers(trainer.config, parallel.cp_a2a)
         console.print(_placement(groups[0], sizes.cp, settings.cp_placement, layers))
@@ -210,14 +215,22 @@ class _Run:
         for part in all_gather_object(found, self.dp_group):
             self.old |= part
 
+    def share(self, batch: Sequence[int]) -> list[int]:
+        """This data-parallel rank's groups of a batch."""
+        share = balance_groups([self.groups[i] for i in batch], self.dp_group.size())[self.dp_group.rank()]
+        return [batch[n] for n in share]
+
+    def packs(self, share: Sequence[int]) -> list[Pack]:
+        """The micro-batches of these groups."""
+        return pack_and_split([self.groups[i] for i in share], max_tokens_per_pack=self.max_tokens)
+
     def step(self, batch: Sequence[int]) -> dict[str, float]:
         """One optimizer step on the groups of ``batch``; metrics of the global batch."""
-        share = balance_groups([self.groups[i] for i in batch], self.dp_group.size())[self.dp_group.rank()]
-        groups = [self.groups[batch[n]] for n in share]
-        order = split_first(plan_splits(groups, max_tokens_per_pack=self.max_tokens))
-        old = torch.cat([self.old[batch[share[n]]] for n in order])
+        share = self.share(batch)
+        order = split_first(plan_splits([self.groups[i] for i in share], max_tokens_per_pack=self.max_tokens))
+        old = torch.cat([self.old[share[n]] for n in order])
         inputs = []
-        for pack in pack_and_split(groups, max_tokens_per_pack=self.max_tokens):
+        for pack in self.packs(share):
             count = pack.response_rows.numel()
             inputs.append(StepInput(pack, old[:count], old[:count] if self.with_reference else None))
             old = old[count:]

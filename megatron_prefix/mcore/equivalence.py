@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.mcore.stages import whole_model_parameters
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput
-from megatron_prefix.packing import RolloutTree, repeated_packs
+from megatron_prefix.packing import repeated_packs
+from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup
 from megatron_prefix.splitting import pack_and_split, pair_order
 

@@ -14,7 +14,7 @@ finalize_model_grads are theirs. Source: Prefix Grouper (arXiv 2506.05433) for t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -34,7 +34,7 @@ from megatron_prefix.mcore.log_probs import attention_layer_numbers, prefix_hidd
 from megatron_prefix.mcore.schedule_trace import ScheduleTrace
 from megatron_prefix.mcore.step_errors import StepErrors
 from megatron_prefix.packing import Pack
-from megatron_prefix.pipeline_plan import PipelineJob, num_idle_jobs, order_jobs, pipeline_jobs
+from megatron_prefix.pipeline_plan import PipelineJob, num_idle_jobs, order_jobs, pipeline_jobs, plan_pipeline
 
 PREFIX_ACTIVATIONS = ("keep", "recompute", "offload")
 
@@ -89,7 +89,8 @@ def forward_backward_prefix_groups(
         _check_stages(mine, stages)
     queues = [_jobs(mine, num_microbatches, forward_only) for mine in items]
     config = unwrap(chunks[0]).config  # the one that megatron-core's schedules read
-    plan = _plan(queues[0], config, stages.size(), max_live_prefixes, forward_only)
+    packs = [job.pack for job in queues[0] if job.item is not None]
+    plan = _plan(packs, config, stages.size(), max_live_prefixes, forward_only)
     total = len(plan)
     if not config.calculate_per_token_loss and any(job.kind == "A" and job.has_targets for job in queues[0]):
         raise ValueError("a tree split below trained tokens needs calculate_per_token_loss=True: set it in the config")
@@ -236,11 +237,24 @@ def _check_stages(items: list[Any], group: Any) -> None:
         )
 
 
+def describe_step(packs: Sequence[Pack], config: Any, *, max_live_prefixes: int | None = None) -> str:
+    """One line about a step in ``config``'s pipeline: micro-batches, the modelled bubble, and live prefixes.
+
+    Args:
+        packs: as the data iterator would yield them.
+        config: megatron-core's, of the model.
+        max_live_prefixes: see `forward_backward_prefix_groups`.
+    """
+    stages, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    plan = [job for _, job in _plan(packs, config, stages, max_live_prefixes, forward_only=False)]
+    group = config.microbatch_group_size_per_vp_stage
+    return plan_pipeline(plan, stages, num_chunks=chunks, chunk_group=group).describe()
+
+
 def _plan(
-    jobs: list[_Job], config: Any, num_stages: int, max_live: int | None, forward_only: bool
+    packs: Sequence[Pack], config: Any, num_stages: int, max_live: int | None, forward_only: bool
 ) -> list[tuple[int, PipelineJob]]:
-    """The order of a step's micro-batches, idle ones behind: where each stands in ``jobs``, and its work."""
-    packs = [job.pack for job in jobs if job.item is not None]
+    """The order of a step's micro-batches, idle ones behind: where each stands as it comes, and its work."""
     plan = pipeline_jobs(packs, pair_cost=1 / (6 * config.hidden_size), forward_only=forward_only)
     chunks, group = config.virtual_pipeline_model_parallel_size, config.microbatch_group_size_per_vp_stage
     order = list(range(len(plan)))

@@ -39,7 +39,7 @@ class TrainSettings:
         overlap_grad_reduce: reduce gradients while backward still runs.
         temperature: of the log-probs, as in sampling.
         chunk_rows, cp_placement: see `response_log_probs`.
-        prefix_activations: of split groups, see `forward_backward_prefix_groups`.
+        prefix_activations, max_live_prefixes: of split groups, see `forward_backward_prefix_groups`.
     """
 
     learning_rate: float = 1e-6
@@ -52,11 +52,14 @@ class TrainSettings:
     chunk_rows: int = 4096
     cp_placement: str = "auto"
     prefix_activations: str = "keep"
+    max_live_prefixes: int | None = None
 
     def __post_init__(self) -> None:
         for name, minimum in (("learning_rate", 0), ("weight_decay", 0), ("clip_grad", 0), ("chunk_rows", 1)):
             if not getattr(self, name) >= minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if self.max_live_prefixes is not None and self.max_live_prefixes < 1:
+            raise ValueError(f"max_live_prefixes must be at least 1, got {self.max_live_prefixes}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if self.optimizer not in ("adam", "sgd"):
@@ -219,6 +222,7 @@ class PolicyTrainer:
             seq_length=1,  # shapes come from the packs
             micro_batch_size=1,
             prefix_activations=self.settings.prefix_activations,
+            max_live_prefixes=self.settings.max_live_prefixes,
             # A model without stages may be in a job that has some. With stages megatron-core finds the groups itself.
             pg_collection=self.groups if self.pp_group.size() == 1 else None,
             **settings,
