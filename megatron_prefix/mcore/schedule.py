@@ -118,7 +118,7 @@ def forward_backward_prefix_groups(
             pg_collection=pg_collection,
             **settings,
         )
-        step.errors.raise_first(next(chunks[0].parameters()).device)
+        step.errors.raise_first(next(chunks[0].parameters()).device, forward_only=forward_only)
     finally:
         for job in (job for queue in queues for job in queue):
             job.close()

@@ -42,10 +42,11 @@ class StepErrors:
             return True
         return False
 
-    def raise_first(self, device: torch.device) -> None:
-        """Raise on every rank when any rank of the model, on any data-parallel replica, kept an error.
+    def raise_first(self, device: torch.device, *, forward_only: bool) -> None:
+        """Raise on every rank when any rank of the model kept an error, on any data-parallel replica in training.
 
-        The first is that of the lowest micro-batch and stage; others may follow from it.
+        The first is that of the lowest micro-batch and stage; others may follow from it. Replicas need not make the
+        same number of forward-only passes, so those do not wait for each other.
 
         Raises:
             Exception: the rank's own error, where it is the first.
@@ -53,7 +54,9 @@ class StepErrors:
         """
         groups: list[Group] = [
             parallel_state.get_model_parallel_group(),
-            parallel_state.get_data_parallel_group(with_context_parallel=True),
+            parallel_state.get_context_parallel_group()
+            if forward_only
+            else parallel_state.get_data_parallel_group(with_context_parallel=True),
         ]
         failed = torch.tensor([float(self.error is not None)], device=device)
         for group in groups:
