@@ -169,6 +169,8 @@ def test_nothing_is_left_when_pytest_is_stopped(tmp_path: Path, how: signal.Sign
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # A shell starts what runs in its background with SIGINT ignored, and Python then leaves it so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 240  # a machine with many at work

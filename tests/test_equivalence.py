@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_prefix import BatchTotals, LossConfig, Pack, PrefixLayout, pack_groups
+from megatron_prefix import BatchTotals, LossConfig, Pack, PrefixLayout, pack_and_split
 from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.attention.sdpa import SdpaKernel
 from megatron_prefix.mcore import equivalence
@@ -233,9 +233,9 @@ def one_token_too_many() -> Iterator[None]:
 @contextmanager
 def swapped_advantages() -> Iterator[None]:
     def wrong(*args: Any, **options: Any) -> list[Pack]:
-        return [replace(pack, advantages=pack.advantages.flip(0)) for pack in pack_groups(*args, **options)]
+        return [replace(pack, advantages=pack.advantages.flip(0)) for pack in pack_and_split(*args, **options)]
 
-    with mock.patch.object(equivalence, "pack_groups", wrong):
+    with mock.patch.object(equivalence, "pack_and_split", wrong):
         yield
 
 
