@@ -103,6 +103,6 @@ def assert_matches(
 
 
 CPU_KERNELS = [
-    name for name, kernel in KERNELS.items() if kernel.refusal(torch.device("cpu"), torch.float32, 16) is None
+    name for name, kernel in KERNELS.items() if kernel.refusal(torch.device("cpu"), torch.float32, 16, 16) is None
 ]
 CPU_IMPLS = ["reference", *CPU_KERNELS]

@@ -299,7 +299,7 @@ def test_a_merge_without_weights_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_kernel_of_the_table_is_known_by_its_name() -> None:
     """A kernel that runs here is held to the oracles above; one that does not must say what it needs."""
     for name, kernel in KERNELS.items():
-        refusal = kernel.refusal(CPU, torch.bfloat16, 16)
+        refusal = kernel.refusal(CPU, torch.bfloat16, 16, 16)
         assert refusal is None or f"impl={name!r}" in refusal
 
 

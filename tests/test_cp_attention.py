@@ -212,6 +212,7 @@ class RecordedKernel:
     """The CPU's kernel; a call counts as its own or a step's by the keys that it gets."""
 
     mixed_head_dims = False
+    contiguous = False
 
     def __init__(self, recorder: Recorder, own_calls: int, step_calls: list[int]) -> None:
         self.recorder = recorder

@@ -4,7 +4,7 @@ Shapes: T rows of a pack, Hq query heads, Hkv key-value heads, D and Dv head dim
 """
 
 from megatron_prefix.attention.grouped import grouped_attention, prefix_grouped_attention
-from megatron_prefix.attention.kernels import IMPLS, KERNELS, check_impl, kernel_named, resolve_impl
+from megatron_prefix.attention.kernels import IMPLS, KERNELS, check_impl, kernel_named, known_impl, resolve_impl
 from megatron_prefix.attention.merge import merge_attention
 from megatron_prefix.attention.reference import dense_mask, reference_attention
 
@@ -15,6 +15,7 @@ __all__ = [
     "dense_mask",
     "grouped_attention",
     "kernel_named",
+    "known_impl",
     "merge_attention",
     "prefix_grouped_attention",
     "reference_attention",

@@ -27,6 +27,8 @@ class Rows:
         max_seqlen: rows of the longest range.
         num_rows: rows of all ranges.
         index: int64 [rows] when the ranges leave gaps, None when they are one slice of the packed tensor.
+        offsets: int32 [len(ranges) + 1], first row of each range within `span`, and the span's number of rows: what
+            kernels that step over gaps take beside ``cu_seqlens``.
     """
 
     ranges: tuple[Range, ...]
@@ -34,6 +36,7 @@ class Rows:
     max_seqlen: int
     num_rows: int
     index: Tensor | None
+    offsets: Tensor
 
     @classmethod
     def build(cls, ranges: Sequence[Range], device: torch.device) -> Rows:
@@ -44,31 +47,43 @@ class Rows:
         index = None
         if any(previous[1] != following[0] for previous, following in itertools.pairwise(ranges)):
             index = _upload(torch.cat([torch.arange(start, end) for start, end in ranges]), device)
+        cu_seqlens = in_span = _upload(torch.tensor(offsets, dtype=torch.int32), device)
+        if index is not None:
+            first = ranges[0][0]
+            starts = [*(start - first for start, _ in ranges), ranges[-1][1] - first]
+            in_span = _upload(torch.tensor(starts, dtype=torch.int32), device)
         return cls(
             ranges=tuple(ranges),
-            cu_seqlens=_upload(torch.tensor(offsets, dtype=torch.int32), device),
+            cu_seqlens=cu_seqlens,
             max_seqlen=max((end - start for start, end in ranges), default=0),
             num_rows=offsets[-1],
             index=index,
+            offsets=in_span,
         )
+
+    def span(self, x: Tensor) -> Tensor:
+        """``x`` [T, ...] from the first of these rows to the last, gaps included: always a view."""
+        return x[self.ranges[0][0] : self.ranges[-1][1]]
+
+    def of_span(self, x: Tensor) -> Tensor:
+        """These rows of ``x``, which stands for `span`: ``x`` itself where there are no gaps."""
+        return x if self.index is None else x.index_select(0, self.index - self.ranges[0][0])
 
     def take(self, x: Tensor) -> Tensor:
         """The rows of ``x`` [T, ...]: a view where they are one slice, a copy where they leave gaps."""
-        if self.index is None:
-            return x[self.ranges[0][0] : self.ranges[-1][1]]
-        return x.index_select(0, self.index)
+        return self.span(x) if self.index is None else x.index_select(0, self.index)
 
     def put(self, x: Tensor, rows: Tensor) -> None:
         """Write ``rows`` over these rows of ``x``."""
         if self.index is None:
-            x[self.ranges[0][0] : self.ranges[-1][1]] = rows
+            self.span(x).copy_(rows)
         else:
             x.index_copy_(0, self.index, rows)
 
     def add(self, x: Tensor, rows: Tensor) -> None:
         """Add ``rows`` to these rows of ``x`` in place."""
         if self.index is None:
-            x[self.ranges[0][0] : self.ranges[-1][1]] += rows
+            self.span(x).add_(rows)
         else:
             x.index_add_(0, self.index, rows.to(x.dtype))
 

@@ -20,15 +20,17 @@ class FlashKernel:
     """See `megatron_prefix.attention.kernels.Kernel`. Shapes are checkable on the ``meta`` device."""
 
     mixed_head_dims = False
+    contiguous = False
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int) -> str | None:
         """CUDA tensors (or meta, to check shapes) of bf16 or fp16 with a head dim of at most 256, a multiple of 8."""
         if device.type not in ("cuda", "meta"):
             return f"impl='flash' runs on CUDA, the tensors are on {device}; use impl='sdpa'"
         if dtype not in (torch.bfloat16, torch.float16):
             return f"impl='flash' takes bf16 or fp16, got {dtype}; use impl='reference' or cast"
-        if head_dim > 256 or head_dim % 8:
-            return f"impl='flash' takes head dims up to 256 that are multiples of 8, got {head_dim}"
+        width = max(head_dim, head_dim_v)
+        if width > 256 or width % 8:
+            return f"impl='flash' takes head dims up to 256 that are multiples of 8, got {width}; use impl='reference'"
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, softmax_scale: float) -> tuple[Tensor, Tensor]:

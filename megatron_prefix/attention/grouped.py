@@ -52,7 +52,7 @@ def prefix_grouped_attention(
     """
     check_tensors(q, k, v, layout.num_rows)
     scale = resolve_scale(softmax_scale, q.shape[-1])
-    name = resolve_impl(impl, q.device)
+    name = resolve_impl(impl, q.device, q.dtype, q.shape[-1], v.shape[-1])
     if name == "reference":
         return reference_attention(q, k, v, layout, scale)
     return grouped_attention(q, k, v, AttentionCalls.build(layout, q.device), scale, KERNELS[name])
@@ -113,14 +113,14 @@ def fit_kernel(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> tuple[Tensor,
         ValueError: tensors that the kernel cannot take.
     """
     width, width_v = q.shape[-1], v.shape[-1]
-    refusal = kernel.refusal(q.device, q.dtype, max(width, width_v))
+    refusal = kernel.refusal(q.device, q.dtype, width, width_v)
     if refusal:
         raise ValueError(refusal)
     if width != width_v and not kernel.mixed_head_dims:
         # Zero columns change no score and no output column that is kept.
         wide = max(width, width_v)
         q, k, v = pad(q, (0, wide - width)), pad(k, (0, wide - width)), pad(v, (0, wide - width_v))
-    return _dense_heads(q), _dense_heads(k), _dense_heads(v)
+    return as_read(q, kernel), as_read(k, kernel), as_read(v, kernel)
 
 
 def resolve_scale(softmax_scale: float | None, head_dim: int) -> float:
@@ -135,9 +135,9 @@ def resolve_scale(softmax_scale: float | None, head_dim: int) -> float:
     return scale
 
 
-def _dense_heads(x: Tensor) -> Tensor:
-    """``x`` with the entries of a head next to each other, as kernels read them; other strides are free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def as_read(x: Tensor, kernel: Kernel) -> Tensor:
+    """``x`` as ``kernel`` reads it: contiguous, or with free strides between heads and rows."""
+    return x if x.stride(-1) == 1 and not kernel.contiguous else x.contiguous()
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, num_rows: int) -> None:
@@ -184,7 +184,7 @@ class _GroupedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dout = _dense_heads(dout)
+        dout = as_read(dout, ctx.kernel)
         # fp32 sums: a prefix key collects one part from its own segment and one from its subtree.
         total = torch.promote_types(q.dtype, torch.float32)
         grads = tuple(torch.zeros_like(x, dtype=total) for x in (q, k, v))

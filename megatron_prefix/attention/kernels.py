@@ -26,7 +26,10 @@ class Kernel(Protocol):
     mixed_head_dims: bool
     """Whether the head dim of v may differ from that of q and k."""
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    contiguous: bool
+    """Whether q, k, v, out and dout must be contiguous, because strides are not looked at."""
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int) -> str | None:
         """Why this kernel cannot run on such tensors, with the remedy, or None; asked before there are any."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
@@ -55,19 +58,41 @@ class Kernel(Protocol):
 
 KERNELS: dict[str, Kernel] = {"sdpa": SdpaKernel(), "flash": FlashKernel()}
 IMPLS = ("auto", "reference", *KERNELS)
+AUTO = {"cpu": ("sdpa",), "cuda": ("flash",)}
+"""What "auto" tries, the first choice first."""
 
 
-def resolve_impl(impl: str, device: torch.device) -> str:
-    """The implementation that ``impl`` names, with "auto" resolved for ``device``.
+def known_impl(impl: str) -> str:
+    """``impl``.
 
     Raises:
         ValueError: an unknown name.
     """
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
-    if impl != "auto":
+    return impl
+
+
+def resolve_impl(
+    impl: str, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int | None = None
+) -> str:
+    """The implementation that ``impl`` names; "auto" is the first of `AUTO` for the device that takes such tensors.
+
+    Args:
+        device, dtype, head_dim: of q and k.
+        head_dim_v: of v, where it differs.
+
+    Raises:
+        ValueError: an unknown name, or "auto" where no kernel takes such tensors (says why, of each).
+    """
+    if known_impl(impl) != "auto":
         return impl
-    return "sdpa" if device.type == "cpu" else "flash"
+    candidates = AUTO["cpu" if device.type == "cpu" else "cuda"]
+    refusals = {name: KERNELS[name].refusal(device, dtype, head_dim, head_dim_v or head_dim) for name in candidates}
+    for name, refusal in refusals.items():
+        if refusal is None:
+            return name
+    raise ValueError("impl='auto' finds no kernel: " + "; ".join(str(why) for why in refusals.values()))
 
 
 def kernel_named(impl: str) -> Kernel:
@@ -82,21 +107,28 @@ def kernel_named(impl: str) -> Kernel:
 
 
 def check_impl(
-    impl: str, device: torch.device, dtype: torch.dtype, head_dim: int, *, cp_size: int = 1, has_parts: bool = False
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    *,
+    cp_size: int = 1,
+    has_parts: bool = False,
 ) -> str:
     """`resolve_impl` that also asks whether it can run there, before any tensor exists.
 
     Args:
-        device, dtype, head_dim: of the tensors to come; the larger head dim where that of v differs.
+        device, dtype, head_dim, head_dim_v: see `resolve_impl`.
         cp_size: context-parallel ranks.
         has_parts: whether groups are split over micro-batches.
 
     Raises:
         ValueError: an unknown name, or one that cannot run there; says why and what can.
     """
-    name = resolve_impl(impl, device)
+    name = resolve_impl(impl, device, dtype, head_dim, head_dim_v)
     if name != "reference" or cp_size > 1 or has_parts:
-        refusal = kernel_named(name).refusal(device, dtype, head_dim)
+        refusal = kernel_named(name).refusal(device, dtype, head_dim, head_dim_v or head_dim)
         if refusal:
             raise ValueError(refusal)
     return name

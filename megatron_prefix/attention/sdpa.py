@@ -22,8 +22,9 @@ class SdpaKernel:
     """See `megatron_prefix.attention.kernels.Kernel`."""
 
     mixed_head_dims = False
+    contiguous = False
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int) -> str | None:
         """CPU tensors of fp64, fp32, bf16 or fp16 only."""
         if device.type != "cpu":
             return f"impl='sdpa' runs on the CPU, the tensors are on {device}; use impl='flash'"

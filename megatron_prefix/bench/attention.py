@@ -143,7 +143,7 @@ def bench_attention(
     """
     device = torch.device(device)
     note = after_each or (lambda _: None)
-    impl = resolve_impl(sizes.impl, device)
+    impl = resolve_impl(sizes.impl, device, DTYPES[sizes.dtype], sizes.head_dim)
     report = new_report("attention", asdict(group) | asdict(sizes) | {"impl": impl, "repeats": repeats}, seed)
     inputs = random_inputs(group, sizes, seed, device)
     paths = _paths(group, inputs, impl)

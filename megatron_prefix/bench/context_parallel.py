@@ -44,7 +44,7 @@ def bench_context_parallel(
         ValueError: what the exchange or the kernel cannot do.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    impl = resolve_impl(sizes.impl, device)
+    impl = resolve_impl(sizes.impl, device, DTYPES[sizes.dtype], sizes.head_dim)
     shape = AttentionShape(sizes.heads, sizes.kv_heads, sizes.head_dim, bytes_per_element=DTYPES[sizes.dtype].itemsize)
     plan = choose_plan(
         group.layout(), dist.get_world_size(), cp.placement, CpLayers(shape, (cp.comm_type,), cp.a2a_size)

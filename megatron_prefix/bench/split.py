@@ -242,7 +242,8 @@ def bench_split(
     exact = None if dtype in TOLERANCE else _Trainer(exact_model(model, config, settings.impl))
     trainer = _Trainer(model)
     rollouts = random_rollouts(group, config.vocab_size, seed)
-    sizes = asdict(group) | asdict(settings) | {"impl": resolve_impl(settings.impl, trainer.device)}
+    impl = resolve_impl(settings.impl, trainer.device, dtype, config.channels)
+    sizes = asdict(group) | asdict(settings) | {"impl": impl}
     sizes |= {"parts": split.num_parts, "repeats": repeats}
     report = new_report("split", sizes, seed)
     report["model"] = asdict(config) | {"parameters": sum(param.numel() for param in model.parameters())}

@@ -136,7 +136,7 @@ def bench_step(
     dtype = DTYPES[settings.dtype]
     model = random_model(config, dtype, settings.impl, seed)
     device = next(model.parameters()).device
-    impl = resolve_impl(settings.impl, device)
+    impl = resolve_impl(settings.impl, device, dtype, config.channels)
     rollouts = random_rollouts(group, config.vocab_size, seed)
     grouped, repeated = (one_pack(rollouts, repeated) for repeated in (False, True))
     steps = {"repeated": Step(model, repeated), "grouped": Step(model, grouped)}

@@ -66,7 +66,8 @@ def bench_step_over_ranks(
     plan = choose_plan(pack.layout, dist.get_world_size(), cp.placement, attention_layers(model.config, cp.a2a_size))
     alone_settings = whole_on_every_rank()
     together = Step(model, pack, cp.placement)
-    sizes = asdict(group) | asdict(settings) | asdict(cp) | {"impl": resolve_impl(settings.impl, together.device)}
+    impl = resolve_impl(settings.impl, together.device, dtype, config.channels)
+    sizes = asdict(group) | asdict(settings) | asdict(cp) | {"impl": impl}
     sizes |= {"repeats": repeats, "cp": plan.cp_size, "placement": plan.name}
     report = new_report("step", sizes, seed) | {"rows": plan.layout.num_rows, "area": plan.layout.area}
     report["model"] = asdict(config) | {"parameters": sum(param.numel() for param in model.parameters())}

@@ -298,9 +298,10 @@ def _append(path: Path | None, record: dict[str, Any]) -> None:
 
 def _banner(config: ModelConfig, flags: ModelFlags, sizes: Any, groups: int, first: int, steps: int) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    impl = resolve_impl(flags.impl, device, flags.torch_dtype, config.channels)
     return (
         f"{flags.model}: {config.num_layers} layers, hidden {config.hidden_size}, {flags.dtype} on {device}, "
-        f"impl {resolve_impl(flags.impl, device)}, tp {sizes.tp}, pp {sizes.pp}, vpp {sizes.vpp or 1}, dp {sizes.dp}; "
+        f"impl {impl}, tp {sizes.tp}, pp {sizes.pp}, vpp {sizes.vpp or 1}, dp {sizes.dp}; "
         f"{groups} groups, steps {first} to {steps}"
     )
 

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_prefix.attention import IMPLS, resolve_impl
+from megatron_prefix.attention import known_impl, resolve_impl
 from megatron_prefix.attention.grouped import check_tensors, resolve_scale
 from megatron_prefix.context_parallel.choice import CpLayers
 from megatron_prefix.context_parallel.comm_types import COMM_TYPES
@@ -52,11 +52,9 @@ class PrefixCoreAttention(MegatronModule):
             raise ValueError(
                 f"prefix-grouped attention is causal, got attn_mask_type={attn_mask_type}; use AttnMaskType.causal"
             )
-        if impl not in IMPLS:
-            raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
-        self.impl = impl
+        self.impl = known_impl(impl)
         self.cp_comm_type = _comm_type_of_layer(config, layer_number, cp_comm_type)
 
     def forward(
@@ -88,7 +86,8 @@ class PrefixCoreAttention(MegatronModule):
         check_tensors(q, k, v, packed.num_padded_rows)
         rows = packed.num_rows
         scale = resolve_scale(self.softmax_scale, q.shape[-1])
-        layer = LayerSettings(self.layer_number, scale, resolve_impl(self.impl, q.device), self.cp_comm_type)
+        impl = resolve_impl(self.impl, q.device, q.dtype, q.shape[-1], v.shape[-1])
+        layer = LayerSettings(self.layer_number, scale, impl, self.cp_comm_type)
         out = packed.attend(q[:rows], k[:rows], v[:rows], layer)
         if packed.keys_only_layer == self.layer_number:
             # Part of the graph all the same: under recompute, queries without a gradient would leave the parameters of

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_prefix.attention import IMPLS
+from megatron_prefix.attention import known_impl
 from megatron_prefix.mcore.core_attention import PrefixCoreAttention
 from megatron_prefix.mcore.self_attention import PrefixSelfAttention
 from megatron_prefix.mcore.support import refuse_unsupported
@@ -61,8 +61,7 @@ def with_prefix_attention(spec: Any, *, impl: str = "auto") -> Any:
     Raises:
         ValueError: an unknown impl, or a spec without a self attention, or with attention of another kind.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
+    known_impl(impl)
     result = copy.deepcopy(spec)
     if not _replace_attention(result, impl):
         raise ValueError(f"the spec {spec!r} holds no SelfAttention to replace")
