@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_prefix import PrefixLayout
 from megatron_prefix.attention import KERNELS
+from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.collectives import Group, Pending, Traffic
 from megatron_prefix.context_parallel import attention as cp_attention
 from megatron_prefix.context_parallel.attention import CpShare, GradientsInFlight, context_parallel_attention
@@ -78,12 +79,14 @@ def ways(world_size: int) -> list[tuple[str, str]]:
     return [(comm, name) for comm in COMM_TYPES for name in PLACEMENTS if comm != "a2a+p2p" or world_size == 4]
 
 
-def on_this_rank(share: CpShare, comm_type: str, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def on_this_rank(
+    share: CpShare, comm_type: str, tensors: tuple[Tensor, ...], kernel: Kernel = KERNELS["sdpa"]
+) -> dict[str, Tensor]:
     """Output and gradients of this rank's rows."""
     rows = share.plan.rows(share.rank)
     scale = tensors[0].shape[-1] ** -0.5
     attention: Callable[..., Tensor] = partial(
-        context_parallel_attention, share=share, comm_type=comm_type, softmax_scale=scale, kernel=KERNELS["sdpa"]
+        context_parallel_attention, share=share, comm_type=comm_type, softmax_scale=scale, kernel=kernel
     )
     q, k, v, dout = (x[rows] for x in tensors)
     return run(attention, q, k, v, dout)

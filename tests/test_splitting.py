@@ -2,43 +2,21 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from megatron_prefix import BatchTotals, PrefixLayout, RolloutGroup, RolloutTree, pack_groups
 from megatron_prefix.attention import KERNELS
-from megatron_prefix.attention.calls import AttentionCalls
-from megatron_prefix.attention.grouped import grouped_attention
-from megatron_prefix.attention.prefix_cache import PrefixCache
 from megatron_prefix.layout import PartLayout
 from megatron_prefix.packing import Pack
-from megatron_prefix.rollout_tree import num_rows
-from megatron_prefix.splitting import pack_and_split, plan_splits
+from megatron_prefix.splitting import pack_and_split
 from tests.attention_oracle import CPU_KERNELS, TOLERANCE, errors, inputs, repeated_attention, run
+from tests.split_cases import Group, limits, rows_in_tree, split_attention, split_or_skip
 from tests.strategies import batches, rollout_groups, rollout_trees
-
-Group = RolloutGroup | RolloutTree
-
-
-def split_or_skip(groups: Sequence[Group], limit: int, num_parts: int = 1) -> list[Pack]:
-    """The packs, where the limit allows any."""
-    try:
-        return pack_and_split(groups, max_tokens_per_pack=limit, num_parts=num_parts)
-    except ValueError as error:
-        assert "max_tokens_per_pack" in str(error), error
-        assume(False)
-        raise
-
-
-def limits(groups: Sequence[Group]) -> st.SearchStrategy[int]:
-    most = max(num_rows(g if isinstance(g, RolloutTree) else RolloutTree.from_group(g)) for g in groups)
-    return st.integers(1, most + 1)
 
 
 def context(pack: Pack, cached: Pack | None) -> list[tuple[int, ...]]:
@@ -122,38 +100,6 @@ def test_groups_that_fit_are_packed_as_ever(groups: list[Group]) -> None:
 # ---- attention of the parts
 
 
-def rows_in_tree(tree: RolloutTree, limit: int, num_parts: int) -> list[Tensor]:
-    """Of each pack of a split tree, its rows in the tree's unsplit pack."""
-    (split,) = plan_splits([tree], max_tokens_per_pack=limit, num_parts=num_parts)
-    assert split is not None
-    starts = tree.layout.starts
-    nodes = [split.prefix, *split.parts] if sum(tree.layout.lengths[i] for i in split.prefix) else split.parts
-    return [torch.cat([torch.arange(starts[i], starts[i + 1]) for i in part]) for part in nodes]
-
-
-def split_attention(kernel: str, packs: list[Pack], index: list[Tensor]) -> Any:
-    """Attention of a tree's packs, each on its rows ``index`` of the unsplit pack."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shared = packs[0].prefix
-        cache = PrefixCache(0 if shared is None else shared.num_rows)
-        out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
-        scale = q.shape[-1] ** -0.5
-        for pack, rows in zip(packs, index, strict=True):
-            calls, mine = AttentionCalls.build(pack.layout, q.device), (q[rows], k[rows], v[rows])
-            if pack.is_prefix:
-                keys = cache.export(1, mine[1], mine[2], KERNELS[kernel])
-                part = grouped_attention(mine[0], *keys, calls, scale, KERNELS[kernel])
-            else:
-                cached = None if shared is None else cache.keys(1)
-                part = grouped_attention(*mine, calls, scale, KERNELS[kernel], cached)
-            # Backward runs what was made last first: the parts before the prefix, as the schedule does.
-            out = out.index_add(0, rows, part)
-        return out
-
-    return attention
-
-
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 @settings(max_examples=50)
 @given(tree=st.one_of(rollout_groups().map(RolloutTree.from_group), rollout_trees()), data=st.data())
@@ -163,7 +109,7 @@ def test_attention_of_the_parts_equals_the_dense_oracle(kernel: str, tree: Rollo
     packs = split_or_skip([tree], limit, num_parts)
     assume(len(packs) > 1)
     tensors = inputs(tree.layout.num_rows, (4, 2), data.draw(st.sampled_from([(8, 8), (8, 5), (5, 8)])))
-    result = run(split_attention(kernel, packs, rows_in_tree(tree, limit, num_parts)), *tensors)
+    result = run(split_attention(KERNELS[kernel], packs, rows_in_tree(tree, limit, num_parts)), *tensors)
     expected = run(lambda q, k, v: repeated_attention(q, k, v, tree.layout), *tensors)
     found = errors(result, expected)
     assert all(error <= TOLERANCE[torch.float64] for error in found.values()), found
@@ -179,7 +125,7 @@ def test_bf16_attention_of_the_parts_sums_gradients_in_fp32(kernel: str) -> None
     errors_by_limit = []
     for limit in (256, 8):
         packs = pack_and_split([tree], max_tokens_per_pack=limit)
-        result = run(split_attention(kernel, packs, rows_in_tree(tree, limit, 1)), *tensors)
+        result = run(split_attention(KERNELS[kernel], packs, rows_in_tree(tree, limit, 1)), *tensors)
         errors_by_limit.append([float((result[n][:8].double() - exact[n][:8]).norm()) for n in ("dk", "dv")])
     for few, many in zip(*errors_by_limit, strict=True):
         assert many <= 1.2 * few, errors_by_limit

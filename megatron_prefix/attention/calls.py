@@ -41,6 +41,7 @@ class Rows:
     @classmethod
     def build(cls, ranges: Sequence[Range], device: torch.device) -> Rows:
         """Rows of ``ranges`` with their index tensors on ``device``."""
+        assert all(start < end for start, end in ranges), "an empty range: kernels answer it each in their own way"
         offsets = [0]
         for start, end in ranges:
             offsets.append(offsets[-1] + end - start)

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_prefix.attention.calls import VarlenCall
 from megatron_prefix.attention.flash import FlashKernel
 from megatron_prefix.attention.sdpa import SdpaKernel
+from megatron_prefix.attention.te import TeKernel
 
 
 class Kernel(Protocol):
@@ -56,9 +57,9 @@ class Kernel(Protocol):
         """
 
 
-KERNELS: dict[str, Kernel] = {"sdpa": SdpaKernel(), "flash": FlashKernel()}
+KERNELS: dict[str, Kernel] = {"sdpa": SdpaKernel(), "flash": FlashKernel(), "te": TeKernel()}
 IMPLS = ("auto", "reference", *KERNELS)
-AUTO = {"cpu": ("sdpa",), "cuda": ("flash",)}
+AUTO = {"cpu": ("sdpa",), "cuda": ("te", "flash")}
 """What "auto" tries, the first choice first."""
 
 

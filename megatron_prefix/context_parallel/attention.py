@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_prefix.attention.calls import AttentionCalls, Rows, VarlenCall
-from megatron_prefix.attention.grouped import CachedKeys, fit_kernel
+from megatron_prefix.attention.grouped import CachedKeys, as_read, fit_kernel
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.attention.merge import merge_into
 from megatron_prefix.attention.prefix_cache import SplitLayer
@@ -303,12 +303,12 @@ class KeysInFlight:
             shape = (step.num_received, *self.kv.shape[1:])
             self.pending[step.src] = start_exchange(sent, step.dst, shape, step.src, self.ring.group, self.ring.traffic)
 
-    def wait(self, i: int, width: int) -> tuple[Tensor, Tensor]:
-        """Keys [n, Hkv, width] and values of step ``i``."""
+    def wait(self, i: int, width: int, kernel: Kernel) -> tuple[Tensor, Tensor]:
+        """Keys [n, Hkv, width] and values of step ``i``, as ``kernel`` reads them."""
         kv = self.pending.pop(self.ring.calls.steps[i].src).wait()
         if not self.ring.at_once:
             self._start(i + 1)
-        return kv[..., :width], kv[..., width:]
+        return as_read(kv[..., :width], kernel), as_read(kv[..., width:], kernel)
 
 
 class GradientsInFlight:
@@ -370,7 +370,7 @@ class _RingAttention(torch.autograd.Function):
             for call in calls.own.cached:
                 merge_into(out, lse, call.q, kernel.forward(q, cached.k, cached.v, call, softmax_scale))
         for i, step in enumerate(calls.steps):
-            step_k, step_v = keys.wait(i, k.shape[-1])
+            step_k, step_v = keys.wait(i, k.shape[-1], kernel)
             for call in step.calls:
                 merge_into(out, lse, call.q, kernel.forward(q, step_k, step_v, call, softmax_scale))
         ctx.save_for_backward(q, k, v, out, lse)
@@ -399,7 +399,7 @@ class _RingAttention(torch.autograd.Function):
             all_dk, all_dv = (torch.zeros_like(calls.all_keys(x, y)) for x, y in zip((dk, dv), sums, strict=True))
         back = ctx.ring.gradients(all_dk, all_dv)
         for i, step in enumerate(calls.steps):
-            step_k, step_v = keys.wait(i, k.shape[-1])
+            step_k, step_v = keys.wait(i, k.shape[-1], ctx.kernel)
             step_dk, step_dv = (torch.zeros_like(x, dtype=_sum_dtype(q)) for x in (step_k, step_v))
             for call in step.calls:
                 grads, qkv = (dq, step_dk, step_dv), (q, step_k, step_v)
