@@ -293,6 +293,16 @@ def test_every_rule_is_about_a_setting_that_exists() -> None:
     assert len({rule[0] for rule in _RULES}) == len(_RULES)
 
 
+def test_deterministic_mode_needs_the_switch_that_kernels_read() -> None:
+    """The switch is on in every test (see `fill_fresh_memory_with_nan`), which turns it on again."""
+    config = config_with(deterministic_mode=True)
+    refuse_unsupported(config)
+    torch.use_deterministic_algorithms(False)
+    with pytest.raises(ValueError, match=r"deterministic_mode=True.* call torch.use_deterministic_algorithms\(True\)"):
+        refuse_unsupported(config)
+    refuse_unsupported(config_with())
+
+
 def core_attention(config: TransformerConfig | None = None, **changes: Any) -> PrefixCoreAttention:
     arguments = {"layer_number": 1, "attn_mask_type": AttnMaskType.causal, "attention_type": "self"} | changes
     return PrefixCoreAttention(config or config_with(), **arguments)

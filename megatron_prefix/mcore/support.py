@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -16,6 +17,11 @@ def refuse_unsupported(config: TransformerConfig) -> None:
         value = getattr(config, name, allowed[0])
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not supported with prefix groups: {why}; set {name}={allowed[0]!r}")
+    if config.deterministic_mode and not torch.are_deterministic_algorithms_enabled():
+        raise ValueError(
+            "deterministic_mode=True, but the attention kernels go by torch's own switch: call "
+            "torch.use_deterministic_algorithms(True), as Megatron-LM's --deterministic-mode does"
+        )
 
 
 _EXPERTS = "shared prefixes change the statistics of the router"
