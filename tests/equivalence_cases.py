@@ -81,6 +81,7 @@ class Case:
     trees: bool = False
     dtype: str = "float64"
     chunk_rows: int = 5
+    impl: str = "auto"
 
     @property
     def name(self) -> str:
@@ -189,7 +190,7 @@ def models_of(case: Case, dtype: torch.dtype | None = None) -> tuple[torch.nn.Mo
         **POSITIONS[case.position],
     )
     settings = {"dtype": dtype or case.torch_dtype, "sequence_parallel": case.sequence_parallel}
-    spec = prefix_gpt_layer_spec(transformer_config(config, **settings))
+    spec = prefix_gpt_layer_spec(transformer_config(config, **settings), impl=case.impl)
     if case.model == "hybrid":
         grouped = build_hybrid_model(config, hybrid_stack_spec(spec), seed=1, recompute=case.recompute, **settings)
         plain = build_hybrid_model(config, seed=1, **settings)

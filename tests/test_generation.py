@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_prefix.attention import WHOLE_LAYOUT
 from megatron_prefix.generation import sampling
 from megatron_prefix.generation.sampling import SampledResponse, sample_responses
 from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
@@ -82,7 +83,7 @@ def recomputed(
     return (log_probs - pack.sampler_log_probs).abs()
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", ["auto", *WHOLE_LAYOUT])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_log_probs_are_those_of_training(kind: str, impl: str) -> None:
     """Over the doubling of the cache (64 rows), the end of responses and prompts without shared rows."""

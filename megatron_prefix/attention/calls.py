@@ -8,10 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from megatron_prefix.attention.flex import tree_block_mask
 from megatron_prefix.layout import AncestorRange, PartLayout, PrefixLayout
 
 Range = tuple[int, int]
@@ -119,6 +122,13 @@ class AttentionCalls:
         cached = layout.cached_levels if isinstance(layout, PartLayout) else ()
         calls = tuple(_unmasked(level, device) for level in cached)
         return cls(layout, VarlenCall(segments, segments, causal=True), ancestors, calls)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The layout's mask for FlexAttention, made when a layer first asks for it; the layout has rows."""
+        ends = torch.tensor(self.layout.subtree_ends, dtype=torch.int32)
+        of_rows = ends.repeat_interleave(torch.tensor(self.layout.lengths))
+        return tree_block_mask(_upload(of_rows, self.own.q.cu_seqlens.device))
 
 
 def _unmasked(ranges: Sequence[AncestorRange], device: torch.device) -> VarlenCall:

@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from megatron_prefix.attention.calls import AttentionCalls
-from megatron_prefix.attention.kernels import KERNELS, Kernel, resolve_impl
+from megatron_prefix.attention.kernels import KERNELS, WHOLE_LAYOUT, Kernel, resolve_impl
 from megatron_prefix.attention.merge import merge_into
-from megatron_prefix.attention.reference import reference_attention
 from megatron_prefix.layout import PrefixLayout
 
 
@@ -42,7 +41,8 @@ def prefix_grouped_attention(
         v: [T, Hkv, Dv]; Dv may differ from D.
         layout: the segments of the pack.
         softmax_scale: factor of the scores, above 0; 1 / sqrt(D) when None.
-        impl: "reference" (dense, any device), "sdpa" (CPU), "flash" (CUDA), or "auto" (by device).
+        impl: "reference" (dense, any device), "flex" (CUDA; forward on the CPU), "sdpa" (CPU), "flash" (CUDA), or
+            "auto" (by device).
 
     Returns:
         [T, Hq, Dv] in the dtype of q.
@@ -53,9 +53,23 @@ def prefix_grouped_attention(
     check_tensors(q, k, v, layout.num_rows)
     scale = resolve_scale(softmax_scale, q.shape[-1])
     name = resolve_impl(impl, q.device, q.dtype, q.shape[-1], v.shape[-1])
-    if name == "reference":
-        return reference_attention(q, k, v, layout, scale)
-    return grouped_attention(q, k, v, AttentionCalls.build(layout, q.device), scale, KERNELS[name])
+    return layout_attention(q, k, v, AttentionCalls.build(layout, q.device), scale, name)
+
+
+def layout_attention(q: Tensor, k: Tensor, v: Tensor, calls: AttentionCalls, softmax_scale: float, impl: str) -> Tensor:
+    """`prefix_grouped_attention` by the resolved ``impl`` with the calls of a micro-batch already built.
+
+    Raises:
+        ValueError: tensors that the impl cannot take.
+    """
+    if impl not in WHOLE_LAYOUT:
+        return grouped_attention(q, k, v, calls, softmax_scale, KERNELS[impl])
+    assert not calls.cached, "a part without its cache"
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    refusal = WHOLE_LAYOUT[impl].refusal(q.device, q.dtype, q.shape[-1], v.shape[-1], backward)
+    if refusal:
+        raise ValueError(refusal)
+    return WHOLE_LAYOUT[impl].attend(q, k, v, calls, softmax_scale)
 
 
 @dataclass
@@ -89,7 +103,7 @@ def grouped_attention(
     kernel: Kernel,
     cached: CachedKeys | None = None,
 ) -> Tensor:
-    """`prefix_grouped_attention` with the calls of a micro-batch already built. Shapes must have been checked.
+    """`layout_attention` by a kernel. Shapes must have been checked.
 
     Args:
         cached: keys that ``calls.cached`` reads; their gradients are added to it, not returned.

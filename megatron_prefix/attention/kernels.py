@@ -1,7 +1,8 @@
 """The interface behind which attention kernels sit, and the choice of one by name.
 
 To add a kernel: write a class with the methods of `Kernel` in a module of its own and list it in `KERNELS`. The tests
-over `KERNELS` then hold it to the dense oracle, forward and backward.
+over `KERNELS` then hold it to the dense oracle, forward and backward. What is no varlen kernel but takes a layout as a
+whole stands in `WHOLE_LAYOUT`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention.calls import VarlenCall
+from megatron_prefix.attention.calls import AttentionCalls, VarlenCall
 from megatron_prefix.attention.flash import FlashKernel
+from megatron_prefix.attention.flex import FlexAttention
+from megatron_prefix.attention.reference import ReferenceAttention
 from megatron_prefix.attention.sdpa import SdpaKernel
 from megatron_prefix.attention.te import TeKernel
 
@@ -57,8 +60,22 @@ class Kernel(Protocol):
         """
 
 
+class WholeLayout(Protocol):
+    """Attention of a whole layout at once, with the backward of autograd: it gives no log-sum-exp to merge by, so it
+    cannot be split over ranks or parts."""
+
+    def refusal(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int, backward: bool
+    ) -> str | None:
+        """As `Kernel.refusal`; ``backward`` says whether gradients will be asked for."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, calls: AttentionCalls, softmax_scale: float) -> Tensor:
+        """Attention over q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv] -> [T, Hq, Dv] in the dtype of q."""
+
+
 KERNELS: dict[str, Kernel] = {"sdpa": SdpaKernel(), "flash": FlashKernel(), "te": TeKernel()}
-IMPLS = ("auto", "reference", *KERNELS)
+WHOLE_LAYOUT: dict[str, WholeLayout] = {"reference": ReferenceAttention(), "flex": FlexAttention()}
+IMPLS = ("auto", *WHOLE_LAYOUT, *KERNELS)
 AUTO = {"cpu": ("sdpa",), "cuda": ("te", "flash")}
 """What "auto" tries, the first choice first."""
 
@@ -100,10 +117,10 @@ def kernel_named(impl: str) -> Kernel:
     """The kernel that a resolved ``impl`` names.
 
     Raises:
-        ValueError: "reference", which is none.
+        ValueError: one of `WHOLE_LAYOUT`, which is none.
     """
-    if impl == "reference":
-        raise ValueError("impl='reference' holds the whole mask and cannot be split over ranks or parts; use 'auto'")
+    if impl in WHOLE_LAYOUT:
+        raise ValueError(f"impl={impl!r} holds the whole mask and cannot be split over ranks or parts; use 'auto'")
     return KERNELS[impl]
 
 
@@ -116,6 +133,7 @@ def check_impl(
     *,
     cp_size: int = 1,
     has_parts: bool = False,
+    backward: bool = True,
 ) -> str:
     """`resolve_impl` that also asks whether it can run there, before any tensor exists.
 
@@ -123,13 +141,17 @@ def check_impl(
         device, dtype, head_dim, head_dim_v: see `resolve_impl`.
         cp_size: context-parallel ranks.
         has_parts: whether groups are split over micro-batches.
+        backward: whether gradients will be asked for.
 
     Raises:
         ValueError: an unknown name, or one that cannot run there; says why and what can.
     """
     name = resolve_impl(impl, device, dtype, head_dim, head_dim_v)
-    if name != "reference" or cp_size > 1 or has_parts:
-        refusal = kernel_named(name).refusal(device, dtype, head_dim, head_dim_v or head_dim)
-        if refusal:
-            raise ValueError(refusal)
+    tensors = (device, dtype, head_dim, head_dim_v or head_dim)
+    if name in WHOLE_LAYOUT and cp_size == 1 and not has_parts:
+        refusal = WHOLE_LAYOUT[name].refusal(*tensors, backward)
+    else:
+        refusal = kernel_named(name).refusal(*tensors)
+    if refusal:
+        raise ValueError(refusal)
     return name

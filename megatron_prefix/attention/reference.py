@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.layout import PrefixLayout
 
 
@@ -37,3 +38,17 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, s
     scores = torch.einsum("ihd,jhd->hij", q.to(compute) * softmax_scale, key)
     scores = scores.masked_fill(~dense_mask(layout, q.device), -torch.inf)
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), value).to(q.dtype)
+
+
+class ReferenceAttention:
+    """See `megatron_prefix.attention.kernels.WholeLayout`."""
+
+    def refusal(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int, backward: bool
+    ) -> str | None:
+        """Takes all."""
+        return None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, calls: AttentionCalls, softmax_scale: float) -> Tensor:
+        """See `reference_attention`."""
+        return reference_attention(q, k, v, calls.layout, softmax_scale)

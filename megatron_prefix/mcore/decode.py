@@ -200,8 +200,8 @@ class _DecodePackedSeqParams(PrefixPackedSeqParams):
 def _prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, softmax_scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the rows of ``call``; as `Kernel.forward`, with the dense "reference" too."""
-    if impl != "reference":
+    """Attention of the rows of ``call``; as `Kernel.forward`, dense where ``impl`` is no kernel."""
+    if impl in KERNELS:
         return KERNELS[impl].forward(q, k, v, call, softmax_scale)
     parts = [
         _dense_attention(q[None, slice(*rows)], k[None, slice(*keys)], v[None, slice(*keys)], softmax_scale)

@@ -15,7 +15,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_prefix.attention import grouped_attention, kernel_named, reference_attention
+from megatron_prefix.attention import grouped_attention, kernel_named, layout_attention
 from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.attention.prefix_cache import PrefixCache, SplitLayer
 from megatron_prefix.collectives import Group, Traffic, all_gather_ints, group_size
@@ -31,7 +31,7 @@ class LayerSettings:
     Attributes:
         number: megatron-core's layer number, from 1.
         softmax_scale: factor of the scores.
-        impl: name of the kernel, resolved.
+        impl: name of the implementation, resolved.
         cp_comm_type: see `context_parallel.attention`; unused on one rank.
     """
 
@@ -189,16 +189,15 @@ class PrefixPackedSeqParams(PackedSeqParams):
         Keys of a split group's prefix are exported to ``prefix_cache``, and read from there, by ``layer.number``.
 
         Raises:
-            ValueError: what the kernel or the exchange of context parallelism cannot do.
+            ValueError: what the implementation or the exchange of context parallelism cannot do.
         """
         split = self._split_layer(layer.number)
-        if layer.impl == "reference" and self.share is None and split is None:
-            return reference_attention(q, k, v, self.layout, layer.softmax_scale)
+        if self.share is None and split is None:
+            return layout_attention(q, k, v, self.calls, layer.softmax_scale, layer.impl)
         kernel, scale = kernel_named(layer.impl), layer.softmax_scale
         if self.share is not None:
             return context_parallel_attention(q, k, v, self.share, layer.cp_comm_type, scale, kernel, split)
-        if split is None:
-            return grouped_attention(q, k, v, self.calls, scale, kernel)
+        assert split is not None
         if split.keys_only:
             return split.export_only(k, v, kernel).reshape(0, q.shape[1], v.shape[2])
         if split.reads:
