@@ -65,7 +65,9 @@ class Folder:
 Case = tuple[Callable[[Folder], Arguments], str]
 CASES: dict[str, Case] = {
     # ---- what to run
-    "unknown impl": (lambda f: f.train("--impl", "fast"), "'fast' is not one of 'auto', 'reference', 'sdpa', 'flash'"),
+    "unknown impl": (
+        lambda f: f.train("--impl", "fast"), "'fast' is not one of 'auto', 'reference', 'flex', 'sdpa', 'flash'"
+    ),
     "no files": (lambda f: ("verify",), "give either --tiny, or --rollouts and --model"),
     "tiny and files": (
         lambda f: ("verify", "--tiny", "--rollouts", f.path / "rollouts.jsonl"),
@@ -222,6 +224,19 @@ CASES: dict[str, Case] = {
     ),
     "flash on the CPU, bench attention": (
         lambda f: ("bench", "attention", "--impl", "flash"), "impl='flash' runs on CUDA, the tensors are on cpu"
+    ),
+    "flex on the CPU": (
+        lambda f: f.train("--impl", "flex"),
+        "impl='flex' has no backward on the CPU, because torch has none; use impl='sdpa'",
+    ),
+    "flex on the CPU, bench attention": (
+        lambda f: ("bench", "attention", "--impl", "flex"), "impl='flex' has no backward on the CPU"
+    ),
+    "flex in parts, bench split": (
+        lambda f: ("bench", "split", "--impl", "flex"), "impl='flex' holds the whole mask and cannot be split"
+    ),
+    "reference, bench attention": (
+        lambda f: ("bench", "attention", "--impl", "reference"), "'reference' is not one of 'auto', 'flex', 'sdpa'"
     ),
     "reference over ranks": (
         lambda f: f.train("--impl", "reference", "--cp", "2"),

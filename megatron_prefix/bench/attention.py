@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_prefix.attention import KERNELS, grouped_attention, resolve_impl
+from megatron_prefix.attention import layout_attention, resolve_impl
 from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.bench.group import DTYPES, GroupSizes, ratios
 from megatron_prefix.bench.peer import prefix_grouper_area, prefix_grouper_attention, prefix_grouper_status
@@ -139,7 +139,7 @@ def bench_attention(
 
     Raises:
         ResultsDifferError: a path's output or a gradient differs from the reference.
-        ValueError: tensors that the kernel cannot take.
+        ValueError: tensors that the implementation cannot take.
     """
     device = torch.device(device)
     note = after_each or (lambda _: None)
@@ -201,7 +201,7 @@ def _paths(group: GroupSizes, inputs: tuple[Tensor, ...], impl: str) -> dict[str
 
     def own(of: PrefixLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         calls = AttentionCalls.build(of, q.device)
-        return lambda q, k, v: grouped_attention(q, k, v, calls, q.shape[-1] ** -0.5, KERNELS[impl])
+        return lambda q, k, v: layout_attention(q, k, v, calls, q.shape[-1] ** -0.5, impl)
 
     repeated = layout.repeated()
     paths = {

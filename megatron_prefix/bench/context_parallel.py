@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prefix.attention import KERNELS, prefix_grouped_attention, resolve_impl
+from megatron_prefix.attention import kernel_named, prefix_grouped_attention, resolve_impl
 from megatron_prefix.bench.attention import AttentionSizes, random_inputs
 from megatron_prefix.bench.group import DTYPES, GroupSizes
 from megatron_prefix.bench.over_ranks import CONTEXT_PARALLEL, ONE_RANK, CpSizes, Run, Work, bench_over_ranks
@@ -62,7 +62,7 @@ def bench_context_parallel(
         q, k, v = (x[rows].requires_grad_() for x in inputs[:3])
         dout = inputs[3][rows]
         watch = Stopwatch(device)
-        out = context_parallel_attention(q, k, v, share, comm_type, q.shape[-1] ** -0.5, KERNELS[impl])
+        out = context_parallel_attention(q, k, v, share, comm_type, q.shape[-1] ** -0.5, kernel_named(impl))
         watch.lap("forward")
         grads = torch.autograd.grad(out, (q, k, v), dout)
         watch.lap("backward")

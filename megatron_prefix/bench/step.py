@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_prefix.attention import KERNELS, resolve_impl
+from megatron_prefix.attention import known_impl, resolve_impl
 from megatron_prefix.bench.group import DTYPES, GroupSizes, ratios
 from megatron_prefix.bench.report import (
     TOLERANCE,
@@ -53,8 +53,7 @@ class StepSettings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.impl != "auto" and self.impl not in KERNELS:
-            raise ValueError(f"impl must be auto or one of {', '.join(KERNELS)}, got {self.impl!r}")
+        known_impl(self.impl)
 
 
 class Step:

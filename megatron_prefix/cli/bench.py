@@ -11,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from megatron_prefix.attention import KERNELS, check_impl
+from megatron_prefix.attention import IMPLS, check_impl
 from megatron_prefix.bench import attention, context_parallel, over_ranks, planned_rows, split_report
 from megatron_prefix.bench.group import DTYPES, GroupSizes
 from megatron_prefix.bench.report import ResultsDifferError, summary, table
@@ -25,6 +25,9 @@ from megatron_prefix.cli.console import (
 )
 from megatron_prefix.cli.cp_options import SIZE, Command, CpFlags, cp_flags
 from megatron_prefix.cli.model_shape import ShapeFlags, shape_flags
+
+# Dense scores of the default sizes fill the memory of a machine.
+FUSED_IMPLS = [impl for impl in IMPLS if impl != "reference"]
 
 
 @click.group("bench")
@@ -50,7 +53,7 @@ def _common(command: Command, group_size: int = 8) -> Command:
     options = (
         click.option("--group-size", type=SIZE, default=group_size, help="Responses of the group (G)."),
         click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", help="Of all tensors."),
-        click.option("--impl", type=click.Choice(["auto", *KERNELS]), default="auto", help="Attention kernel."),
+        click.option("--impl", type=click.Choice(FUSED_IMPLS), default="auto", help="Attention implementation."),
         click.option("--repeats", type=SIZE, default=5, help="Timed runs of each path, in turn."),
         click.option("--seed", type=int, default=0, help="Of the random data."),
         click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout."),
@@ -237,7 +240,7 @@ def split_command(
         _write(planned, as_json, out)
         return
     config = shape.config(prefix_len + response_len)
-    _check_call(out, impl, dtype, config.channels)
+    _check_call(out, impl, dtype, config.channels, has_parts=True)
     from megatron_prefix.bench import split
     from megatron_prefix.bench.step import StepSettings
     from megatron_prefix.cli.options import ParallelFlags
@@ -258,11 +261,14 @@ def split_command(
         destroy()
 
 
-def _check_call(out: Path | None, impl: str, dtype: str, head_dim: int, processes: int = 1) -> torch.device:
+def _check_call(
+    out: Path | None, impl: str, dtype: str, head_dim: int, processes: int = 1, has_parts: bool = False
+) -> torch.device:
     """Where the benchmark runs. Refuses what can be refused before any work.
 
     Raises:
-        ValueError: another number of processes, a file in a folder that does not exist, or a kernel that cannot run.
+        ValueError: another number of processes, a file in a folder that does not exist, or an implementation that
+            cannot run.
     """
     started = torchrun_ranks()[1]
     if started != processes:
@@ -272,7 +278,7 @@ def _check_call(out: Path | None, impl: str, dtype: str, head_dim: int, processe
         )
     _check_out(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_impl(impl, device, DTYPES[dtype], head_dim, cp_size=processes)
+    check_impl(impl, device, DTYPES[dtype], head_dim, cp_size=processes, has_parts=has_parts)
     return device
 
 

@@ -109,14 +109,15 @@ class ModelFlags:
             raise ValueError("--model is missing: a checkpoint folder (from `import` or `train`) or a model.json")
         return load_config(self.model) if self.model.is_dir() else ModelConfig.from_json(self.model)
 
-    def check_impl(self, config: ModelConfig, cp_size: int, has_parts: bool = False) -> None:
+    def check_impl(self, config: ModelConfig, cp_size: int, has_parts: bool = False, backward: bool = True) -> None:
         """Refuse an attention implementation that cannot run this model on this machine, before any work.
 
         Raises:
             ValueError: why it cannot, and what can.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        check_impl(self.impl, device, self.torch_dtype, config.channels, cp_size=cp_size, has_parts=has_parts)
+        how: dict[str, Any] = {"cp_size": cp_size, "has_parts": has_parts, "backward": backward}
+        check_impl(self.impl, device, self.torch_dtype, config.channels, **how)
 
     @property
     def torch_dtype(self) -> torch.dtype:

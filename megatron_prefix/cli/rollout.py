@@ -90,7 +90,7 @@ def rollout_command(
             f"--cp {parallel.cp}: sampling does not cut a sequence over ranks; use --dp, which shares the prompts"
         )
     config = flags.config()
-    flags.check_impl(config, parallel.cp)
+    flags.check_impl(config, parallel.cp, backward=False)
     wanted = [task for text in tasks for task in reasoning_gym_tasks(TaskSource.parse(text), seed)]
     wanted += read_prompts(prompts) if prompts else []
     if not wanted:
