@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -114,6 +114,7 @@ class PrefixPackedSeqParams(PackedSeqParams):
     rows: Tensor | None = None
     prefix_cache: PrefixCache | None = None
     keys_only_layer: int | None = None
+    _rotary: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -182,6 +183,16 @@ class PrefixPackedSeqParams(PackedSeqParams):
         same = copy.copy(self)
         same.qkv_format = "sbhd"
         return same
+
+    def rotary_rows(self, table: Tensor) -> Tensor:
+        """Each row's frequencies [T + padding, 1, 1, D], contiguous, out of a model's ``table`` [positions, 1, 1, D].
+
+        All layers get the same tensor, which lives as long as the micro-batch. Only the last table's rows are kept:
+        recomputed layers bring another tensor object over the same memory, and offloaded ones other memory.
+        """
+        if self._rotary is None or not self._rotary[0].is_set_to(table):
+            self._rotary = table, table.index_select(0, self.row_positions)
+        return self._rotary[1]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerSettings) -> Tensor:
         """The attention of one layer: q [T, Hq, D], k and v [T, Hkv, D] without padding -> [T, Hq, D].

@@ -15,8 +15,13 @@ class PrefixSelfAttention(SelfAttention):
     """megatron-core's `SelfAttention` with one rotary frequency per row.
 
     In a pack every response continues the positions of its prefix, while megatron-core restarts them at each segment.
-    The row's frequencies are picked from the model's table here, inside the layer, because that is the place that
+    The rows' frequencies are picked from the model's table here, inside the layer, because that is the place that
     `GPTModel` and `HybridModel` share; rope, Llama-3 scaling and yarn (with its mscale) then work as they are.
+
+    With ``apply_rope_fusion`` they go to Transformer Engine's kernel for plain sequences, which turns row i by
+    frequency i: one launch for all queries and one for all keys, exact on every version and under context parallelism.
+    Its ``start_positions`` for packed sequences would do on one rank from 2.10 on, but backward forgets them before,
+    and ranks that own pieces of segments have no single start to give.
 
     Raises:
         ValueError: at construction, a configuration that asks for norms of queries and keys which the spec has not.
@@ -48,7 +53,7 @@ class PrefixSelfAttention(SelfAttention):
         packed = require_layout(packed_seq_params)
         if rotary_pos_emb is not None:
             tables = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
-            rotary_pos_emb = (tables[0][packed.row_positions], tables[1][packed.row_positions])
+            rotary_pos_emb = (packed.rotary_rows(tables[0]), packed.rotary_rows(tables[1]))
         return super().forward(
             hidden_states,
             attention_mask,
