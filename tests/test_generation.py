@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prefix.attention import WHOLE_LAYOUT
+from megatron_prefix.attention import KERNELS, WHOLE_LAYOUT
 from megatron_prefix.generation import sampling
 from megatron_prefix.generation.sampling import SampledResponse, sample_responses
 from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
@@ -21,6 +21,7 @@ from megatron_prefix.packing import pack_groups
 from megatron_prefix.rollouts import RolloutGroup
 from tests.distributed import run_distributed
 from tests.mcore_helpers import full_logits, start, tiny_config
+from tests.te_on_cpu import VERSIONS, TeOnCpu
 
 EOS = 3
 LENGTHS = (7, 1, 20, 2)  # one prompt without a shared row
@@ -93,6 +94,14 @@ def test_log_probs_are_those_of_training(kind: str, impl: str) -> None:
     lengths = [len(response.tokens) for group in groups for response in group]
     assert max(lengths) == 70 and min(lengths) < 64, lengths
     assert recomputed(model, prompts, groups, temperature=0.8).max() < 1e-4
+
+
+def test_a_kernel_that_looks_at_no_stride_decodes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, "sdpa", kernel := TeOnCpu(VERSIONS[-1]))
+    model = prefix_model(tiny_config())
+    prompts = some_prompts()
+    assert recomputed(model, prompts, sample(model, prompts, max_new_tokens=8)).max() < 1e-4
+    assert len(kernel.compiled.launches) > 16
 
 
 @pytest.mark.skipif(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_prefix.attention import KERNELS, merge_attention
 from megatron_prefix.attention.calls import Rows, VarlenCall
+from megatron_prefix.attention.grouped import as_read
 from megatron_prefix.layout import PrefixLayout
 from megatron_prefix.mcore.log_probs import unwrap
 from megatron_prefix.mcore.packed import LayerSettings, PrefixPackedSeqParams
@@ -202,7 +203,8 @@ def _prompt_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of the rows of ``call``; as `Kernel.forward`, dense where ``impl`` is no kernel."""
     if impl in KERNELS:
-        return KERNELS[impl].forward(q, k, v, call, softmax_scale)
+        kernel = KERNELS[impl]
+        return kernel.forward(as_read(q, kernel), as_read(k, kernel), as_read(v, kernel), call, softmax_scale)
     parts = [
         _dense_attention(q[None, slice(*rows)], k[None, slice(*keys)], v[None, slice(*keys)], softmax_scale)
         for rows, keys in zip(call.q.ranges, call.kv.ranges, strict=True)
