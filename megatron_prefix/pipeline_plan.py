@@ -126,18 +126,33 @@ class PipelineRun:
         """(model chunk, micro-batch, backward) of what a stage does, in order."""
         return [(span.chunk, span.number, span.backward) for span in self.on_stage(stage)]
 
-    def describe(self) -> str:
-        """One line: "pipeline 4 stages, 17 micro-batches (3 groups in 13 parts), bubble 0.16, at most 2 prefixes live".
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks of each stage, 1 without interleaving."""
+        return max(span.chunk for span in self.spans) + 1
 
-        A prefix counts as one micro-batch, though its forward and its backward are apart.
-        """
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches with work. A prefix counts as one, though its forward and its backward are apart."""
+        return sum(job.kind not in ("C", "idle") for job in self.jobs)
+
+    @property
+    def even_bubble(self) -> float:
+        """The bubble that megatron-core's schedule has with as many micro-batches of equal work."""
+        return even_bubble(self.num_microbatches, self.num_stages, self.num_chunks)
+
+    def describe(self) -> str:
+        """One line: "pipeline 4 stages, 17 micro-batches (3 groups in 13 parts), bubble 0.16 (even micro-batches:
+        0.15), at most 2 prefixes live"."""
         kinds = [job.kind for job in self.jobs]
         parts = f" ({_count(kinds.count('A'), 'group')} in {_count(kinds.count('B'), 'part')})" if "A" in kinds else ""
-        chunks = max(span.chunk for span in self.spans) + 1
-        stages = _count(self.num_stages, "stage") + (f" of {chunks} model chunks" if chunks > 1 else "")
+        chunks = f" of {self.num_chunks} model chunks" if self.num_chunks > 1 else ""
         live = f", at most {_count(self.live_prefixes, 'prefix', 'prefixes')} live" if parts else ""
-        micro_batches = _count(len(kinds) - kinds.count("C") - kinds.count("idle"), "micro-batch", "micro-batches")
-        return f"pipeline {stages}, {micro_batches}{parts}, bubble {self.bubble:.2f}{live}"
+        return (
+            f"pipeline {_count(self.num_stages, 'stage')}{chunks}, "
+            f"{_count(self.num_microbatches, 'micro-batch', 'micro-batches')}{parts}, "
+            f"bubble {self.bubble:.2f} (even micro-batches: {self.even_bubble:.2f}){live}"
+        )
 
     def replayed(self, seconds: Callable[[JobSpan], float]) -> PipelineRun:
         """The same order on every stage, everything as long as ``seconds`` says and as early as it can start."""

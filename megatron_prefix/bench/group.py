@@ -1,4 +1,4 @@
-"""The prefix group that a benchmark runs, and the most that sharing its prefix can gain."""
+"""The prefix groups that a benchmark runs, and the most that sharing their prefixes can gain."""
 
 from __future__ import annotations
 
@@ -51,6 +51,15 @@ class GroupSizes:
         return torch.cat(
             [torch.cat([prefix, torch.arange(p + i * r, p + (i + 1) * r)]) for i in range(self.group_size)]
         )
+
+
+@dataclass(frozen=True)
+class PipelineSizes:
+    """Stages, model chunks of each stage (interleaved above 1), and groups of a step."""
+
+    pp: int = 1
+    vpp: int = 1
+    groups: int = 1
 
 
 def ratios(grouped: PrefixLayout, repeated: PrefixLayout) -> dict[str, float]:

@@ -11,20 +11,17 @@ optimizer. The paths differ in their micro-batches only:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_prefix.attention import resolve_impl
 from megatron_prefix.bench.group import DTYPES, GroupSizes
-from megatron_prefix.bench.report import TOLERANCE, check_equal, new_report, with_total
+from megatron_prefix.bench.report import TOLERANCE, check_equal, new_report
+from megatron_prefix.bench.scheduled_step import BenchTrainer, ScheduledStep
 from megatron_prefix.bench.split_report import add_ratios
 from megatron_prefix.bench.step import (
     StepSettings,
@@ -34,19 +31,13 @@ from megatron_prefix.bench.step import (
     random_model,
     random_rollouts,
 )
-from megatron_prefix.layout import FLOPS_PER_PAIR, FORWARD_FLOPS_PER_PAIR
-from megatron_prefix.loss import LossConfig, group_advantages
-from megatron_prefix.mcore.log_probs import response_log_probs, unwrap
+from megatron_prefix.loss import group_advantages
 from megatron_prefix.mcore.schedule import PREFIX_ACTIVATIONS
-from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
-from megatron_prefix.measure import Stopwatch, interleaved_times, track_memory
+from megatron_prefix.measure import interleaved_times
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import Pack, pack_groups, repeated_packs
 from megatron_prefix.rollouts import RolloutGroup
 from megatron_prefix.splitting import pack_and_split, plan_splits
-
-UNCLIPPED = LossConfig(clip_low=0.99, clip_high=100.0)
-"""Rounding must not move a token over the bound of the ratio."""
 
 
 @dataclass(frozen=True)
@@ -96,117 +87,6 @@ class SplitSettings:
         return min([own, *(size // 2 for size in self.group_sizes)])
 
 
-class SplitStep:
-    """The training step on some micro-batches; gradients are in the trainer's buffers afterwards."""
-
-    def __init__(self, bench: _Trainer, packs: Sequence[Pack], prefix_activations: str = "keep") -> None:
-        self.bench, self.packs, self.prefix_activations = bench, packs, prefix_activations
-        self.is_split = packs[0].is_prefix
-        vocabulary = bench.inner.vocab_size
-        # On policy every ratio is 1 whatever the model computes, and the loss would show no difference.
-        self.inputs = [StepInput(p, torch.full((len(p.response_rows),), -log(vocabulary))) for p in packs]
-
-    def run(self, lap: Callable[[str], None]) -> dict[str, Tensor]:
-        """Log-probs [N] and weighted loss terms [N], by group, response, token. ``lap`` is told the ends of phases."""
-        return self.bench.run(self.inputs, self.prefix_activations, lap if self.is_split else lambda _: None)
-
-    def time(self) -> dict[str, float]:
-        """Seconds of one step, of a split one by phase."""
-        watch = Stopwatch(self.bench.device)
-        self.run(watch.lap)
-        watch.lap("prefix_backward" if self.is_split else "whole")
-        return with_total(watch.phases)
-
-    def measure(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """One step: log-probs, loss terms and gradients; rows, FLOPs and memory as JSON values."""
-        layers = self.bench.inner.decoder.layers
-        # The counter is the inner mode: it may rewrite operations, and the tracker is to see what really runs.
-        with _counted_rows(layers) as rows, track_memory(self.bench.device) as memory:
-            with FlopCounterMode(display=False) as counter:
-                found = self.run(memory.lap)
-            if self.is_split:
-                memory.lap("prefix_backward")
-        # Attention kernels are counted from the mask's area: this counter knows neither all of them nor masks.
-        counts = counter.get_flop_counts()["Global"]
-        flops = sum(count for operation, count in counts.items() if "attention" not in str(operation))
-        result = {
-            "micro_batches": len(self.packs),
-            "rows": rows["qkv"][0],
-            "layer_rows": rows,
-            "flops": flops + self._attention_flops(len(layers)),
-            "peak_bytes": memory.peak_bytes,
-        }
-        if self.is_split:
-            result["phase_peak_bytes"] = memory.phase_peaks
-        gradients = {f"grad {name}": grad.clone() for name, grad in self.bench.trainer.named_gradients().items()}
-        return found | gradients, result
-
-    def _attention_flops(self, layers: int) -> int:
-        config = self.bench.inner.config
-        per_pair = config.num_attention_heads * config.kv_channels
-        flops = 0
-        for pack in self.packs:
-            attending = layers - 1 if pack.is_prefix else layers  # of a prefix the last layer computes keys only
-            again = pack.is_prefix and self.prefix_activations == "recompute"
-            flops += (FLOPS_PER_PAIR + again * FORWARD_FLOPS_PER_PAIR) * attending * per_pair * pack.layout.area
-        return flops
-
-
-class _Trainer:
-    """A `PolicyTrainer` that tells where the phases of a split group end."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.device = next(model.parameters()).device
-        settings = TrainSettings(optimizer="sgd", clip_grad=0.0)
-        self.trainer = PolicyTrainer(model, settings, UNCLIPPED, log_probs=self._log_probs)
-        self.inner = unwrap(model)
-        self.no_sync: Callable[[], AbstractContextManager[Any]] = self.trainer.config.no_sync_func
-        self.trainer.config.no_sync_func = self._until_last
-        self.lap: Callable[[str], None] = lambda _: None
-        self.found: list[Tensor] = []
-
-    def run(self, inputs: Sequence[StepInput], activations: str, lap: Callable[[str], None]) -> dict[str, Tensor]:
-        """See `SplitStep.run`."""
-        self.trainer.settings = replace(self.trainer.settings, prefix_activations=activations)
-        self.lap, self.found = lap, []
-        _, terms = self.trainer.gradients_and_terms(inputs)
-        return {"log_probs": torch.cat(self.found), "loss_terms": terms}
-
-    def _log_probs(self, model: torch.nn.Module, pack: Pack) -> Tensor:
-        if not self.found:
-            self.lap("prefix_forward")
-        log_probs = response_log_probs(model, pack)
-        assert isinstance(log_probs, Tensor)
-        self.found.append(log_probs.detach())
-        return log_probs
-
-    @contextmanager
-    def _until_last(self) -> Iterator[None]:
-        """megatron-core's no_sync: around all micro-batches but the last, which is the prefix's backward."""
-        with self.no_sync():
-            yield
-        self.lap("responses")
-
-
-@contextmanager
-def _counted_rows(layers: Any) -> Iterator[dict[str, list[int]]]:
-    """Rows that go through the forward of every layer's QKV projection and MLP inside a ``with`` block."""
-    rows = {"qkv": [0] * len(layers), "mlp": [0] * len(layers)}
-
-    def count(name: str, layer: int, _: Any, inputs: tuple[Tensor, ...]) -> None:
-        rows[name][layer] += inputs[0].shape[0]
-
-    handles = []
-    for i, layer in enumerate(layers):
-        for name, module in (("qkv", layer.self_attention.linear_qkv), ("mlp", layer.mlp)):
-            handles.append(module.register_forward_pre_hook(partial(count, name, i)))
-    try:
-        yield rows
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def bench_split(
     group: GroupSizes,
     config: ModelConfig,
@@ -239,8 +119,8 @@ def bench_split(
     dtype = DTYPES[settings.dtype]
     model = random_model(config, dtype, settings.impl, seed)
     # Before the trainer: it wraps the model.
-    exact = None if dtype in TOLERANCE else _Trainer(exact_model(model, config, settings.impl))
-    trainer = _Trainer(model)
+    exact = None if dtype in TOLERANCE else BenchTrainer(exact_model(model, config, settings.impl))
+    trainer = BenchTrainer(model)
     rollouts = random_rollouts(group, config.vocab_size, seed)
     impl = resolve_impl(settings.impl, trainer.device, dtype, config.channels)
     sizes = asdict(group) | asdict(settings) | {"impl": impl}
@@ -248,13 +128,13 @@ def bench_split(
     report = new_report("split", sizes, seed)
     report["model"] = asdict(config) | {"parameters": sum(param.numel() for param in model.parameters())}
 
-    steps = _steps(trainer, rollouts, split, split.num_parts)
+    steps = split_steps(trainer, [rollouts], split, split.num_parts)
     results = _measured(report, steps, exact, dtype, note)
     each = split.responses_per_part(group)
     by_size = []
     for size in split.group_sizes:
         some = random_rollouts(replace(group, group_size=size), config.vocab_size, seed)
-        memory_steps = _steps(trainer, some, replace(split, repeated=False), size // each)
+        memory_steps = split_steps(trainer, [some], replace(split, repeated=False), size // each)
         del memory_steps["re_encoded"]
         probe = report | {"sizes": sizes | {"group_size": size, "parts": size // each}}
         measured = _measured(probe, memory_steps, exact, dtype, lambda name, size=size: note(f"G={size}: {name}"))  # type: ignore[misc]
@@ -281,17 +161,20 @@ def num_runs(split: SplitSettings, repeats: int, dtype: str) -> int:
     return paths * (1 + repeats) + exact + len(split.group_sizes) * (1 + splits + exact)
 
 
-def _steps(trainer: _Trainer, rollouts: RolloutGroup, split: SplitSettings, num_parts: int) -> dict[str, SplitStep]:
-    """Of every path; the unsplit one first."""
-    (whole,) = pack_groups([rollouts])
-    limit = whole.layout.num_rows - 1  # one row too few
-    steps = {"unsplit": SplitStep(trainer, [whole])}
+def split_steps(
+    trainer: BenchTrainer, groups: Sequence[RolloutGroup], split: SplitSettings, num_parts: int
+) -> dict[str, ScheduledStep]:
+    """Of every path, on groups of one size; the unsplit one first."""
+    whole = [pack for group in groups for pack in pack_groups([group])]
+    limit = whole[0].layout.num_rows - 1  # one row too few
+    steps = {"unsplit": ScheduledStep(trainer, whole)}
     for activations in split.prefix_activations:
-        packs = pack_and_split([rollouts], max_tokens_per_pack=limit, num_parts=num_parts)
-        steps[f"split_{activations}"] = SplitStep(trainer, packs, activations)
-    steps["re_encoded"] = SplitStep(trainer, _re_encoded(rollouts, limit, num_parts))
+        packs = pack_and_split(groups, max_tokens_per_pack=limit, num_parts=num_parts)
+        steps[f"split_{activations}"] = ScheduledStep(trainer, packs, activations)
+    re_encoded = [pack for group in groups for pack in _re_encoded(group, limit, num_parts)]
+    steps["re_encoded"] = ScheduledStep(trainer, re_encoded)
     if split.repeated:
-        steps["repeated"] = SplitStep(trainer, repeated_packs([rollouts]))
+        steps["repeated"] = ScheduledStep(trainer, repeated_packs(groups))
     return steps
 
 
@@ -312,8 +195,8 @@ def _re_encoded(rollouts: RolloutGroup, limit: int, num_parts: int) -> list[Pack
 
 def _measured(
     report: dict[str, Any],
-    steps: dict[str, SplitStep],
-    exact: _Trainer | None,
+    steps: dict[str, ScheduledStep],
+    exact: BenchTrainer | None,
     dtype: torch.dtype,
     note: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
@@ -325,7 +208,7 @@ def _measured(
 
     def reference() -> dict[str, Tensor]:
         assert exact is not None
-        values = SplitStep(exact, steps["unsplit"].packs).measure()[0]
+        values = ScheduledStep(exact, steps["unsplit"].packs).measure()[0]
         note("checking against fp32")
         return values
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 
 from megatron_prefix.attention import IMPLS, check_impl
-from megatron_prefix.bench import attention, context_parallel, over_ranks, planned_rows, split_report
-from megatron_prefix.bench.group import DTYPES, GroupSizes
+from megatron_prefix.bench import attention, context_parallel, over_ranks, pipeline_report, planned_rows, split_report
+from megatron_prefix.bench.group import DTYPES, GroupSizes, PipelineSizes
 from megatron_prefix.bench.report import ResultsDifferError, summary, table
 from megatron_prefix.cli.console import (
     print_json,
@@ -25,6 +26,7 @@ from megatron_prefix.cli.console import (
 )
 from megatron_prefix.cli.cp_options import SIZE, Command, CpFlags, cp_flags
 from megatron_prefix.cli.model_shape import ShapeFlags, shape_flags
+from megatron_prefix.cli.pipeline_options import PipelineFlags, pipeline_flags
 
 # Dense scores of the default sizes fill the memory of a machine.
 FUSED_IMPLS = [impl for impl in IMPLS if impl != "reference"]
@@ -102,7 +104,7 @@ def attention_command(
     megatron-prefix bench attention --dtype bf16 --heads 2 --kv-heads 2 --repeats 3
     torchrun --nproc-per-node 2 -m megatron_prefix bench attention --cp 2
     """
-    device = _check_call(out, impl, dtype, head_dim, cp.cp)
+    device = _check_call(out, impl, dtype, head_dim, processes=cp.cp, cp_size=cp.cp)
     group = GroupSizes(prefix_len, response_len, group_size)
     sizes = attention.AttentionSizes(heads, kv_heads, head_dim, dtype, impl)
     if cp.cp > 1:
@@ -131,12 +133,14 @@ def attention_command(
 @click.option("--response-len", type=SIZE, default=128, help="Rows of each response (R).")
 @shape_flags
 @cp_flags()
+@pipeline_flags(with_limit=True)
 @_common
 def step_command(
     prefix_len: int,
     response_len: int,
     shape: ShapeFlags,
     cp: CpFlags,
+    pipeline: PipelineFlags,
     group_size: int,
     dtype: str,
     impl: str,
@@ -150,20 +154,35 @@ def step_command(
     With --cp above 1, under torchrun, context-parallel ranks are compared with one rank instead; their step ends with
     the sum of gradients over them.
 
+    With --pp above 1, under torchrun, or --groups or --max-tokens-per-microbatch, the step is one of several groups
+    through megatron-core's schedule: repeated prefixes, one sequence a micro-batch, against prefix groups, one a
+    micro-batch or, where that is over the limit, split. The modelled bubble of both stands beside the times.
+
     \b
     megatron-prefix bench step
     megatron-prefix bench step --model smollm2 --prefix-len 512 --response-len 64 --repeats 3
     torchrun --nproc-per-node 2 -m megatron_prefix bench step --cp 2 --cp-comm-type a2a
+    torchrun --nproc-per-node 2 -m megatron_prefix bench step --pp 2 --groups 4 --max-tokens-per-microbatch 2048
     """
+    if cp.cp > 1 and pipeline.given:
+        raise ValueError(
+            f"bench step measures context parallelism or a pipeline, got --cp {cp.cp} and {pipeline.given[0]}; leave "
+            "one of them out"
+        )
     group = GroupSizes(prefix_len, response_len, group_size)
     config = shape.config(prefix_len + response_len)
-    _check_call(out, impl, dtype, config.channels, cp.cp)
+    pipeline.check_layers(config.num_layers)
+    limit = pipeline.max_tokens_per_microbatch
+    processes = cp.cp * pipeline.pp
+    _check_call(out, impl, dtype, config.channels, processes=processes, cp_size=cp.cp, has_parts=limit is not None)
     # megatron-core takes seconds to import: not for `bench attention`, nor for bad input.
-    from megatron_prefix.bench import step, step_over_ranks
-    from megatron_prefix.cli.options import ParallelFlags
+    from megatron_prefix.bench import in_pipeline, step, step_over_ranks
+    from megatron_prefix.cli.options import ParallelFlags, check_limit
     from megatron_prefix.mcore.parallel import destroy
 
     settings = step.StepSettings(dtype, impl)
+    sizes = _pipeline_sizes(pipeline)
+    check_limit(in_pipeline.random_groups(group, config.vocab_size, 1, seed), limit)
 
     def run(after_each: Callable[[str], None]) -> dict[str, Any]:
         return step.bench_step(group, config, settings, repeats=repeats, seed=seed, after_each=after_each)
@@ -173,10 +192,18 @@ def step_command(
             group, config, settings, _cp_sizes(cp), repeats=repeats, seed=seed, after_each=after_each
         )
 
-    ParallelFlags(cp=cp.cp, cp_comm_type=cp.cp_comm_type, cp_a2a=cp.cp_a2a, dp=1).start(seed)
+    def run_in_pipeline(after_each: Callable[[str], None]) -> dict[str, Any]:
+        bench = in_pipeline.PipelineBench(group, config, settings, sizes, seed=seed)
+        return bench.step(max_tokens=limit, repeats=repeats, after_each=after_each)
+
+    ParallelFlags(
+        pp=pipeline.pp, vpp=pipeline.vpp, cp=cp.cp, cp_comm_type=cp.cp_comm_type, cp_a2a=cp.cp_a2a, dp=1
+    ).start(seed)
     try:
         if cp.cp > 1:
             _run_and_report("bench step --cp", over_ranks.num_runs(repeats), run_over_ranks, as_json, out)
+        elif pipeline.given:
+            _run_and_report("bench step --pp", in_pipeline.num_runs(2, repeats, dtype), run_in_pipeline, as_json, out)
         else:
             _run_and_report("bench step", step.num_runs(repeats), run, as_json, out)
     finally:
@@ -203,6 +230,7 @@ def step_command(
 @click.option("--repeated", is_flag=True, help="Also run every response as a sequence of its own.")
 @click.option("--dry-run", is_flag=True, help="Run nothing: count the rows of the planned micro-batches.")
 @shape_flags
+@pipeline_flags(with_limit=False)
 @partial(_common, group_size=16)
 def split_command(
     prefix_len: int,
@@ -213,6 +241,7 @@ def split_command(
     repeated: bool,
     dry_run: bool,
     shape: ShapeFlags,
+    pipeline: PipelineFlags,
     group_size: int,
     dtype: str,
     impl: str,
@@ -227,21 +256,36 @@ def split_command(
     Memory is counted beside the parameters and their gradient buffers. On the CPU, offloading keeps the activations
     where they are.
 
+    With --pp above 1, under torchrun, or --groups, the step is one of several groups through megatron-core's schedule,
+    with the modelled bubble of every path. Stages are in different phases at one time, so that memory is that of the
+    whole step, and --group-sizes has nothing to compare.
+
     \b
     megatron-prefix bench split
+    torchrun --nproc-per-node 2 -m megatron_prefix bench split --pp 2 --groups 4
     megatron-prefix bench split --group-size 32 --parts 8 --prefix-activations recompute --repeated
     megatron-prefix bench split --dry-run --prefix-len 16384 --response-len 1024 --group-size 16 --parts 4
     """
     group = GroupSizes(prefix_len, response_len, group_size)
+    if dry_run and pipeline.given:
+        raise ValueError(f"--dry-run counts the rows of one group, whatever runs it; leave out {pipeline.given[0]}")
     if dry_run:
         _check_out(out)
         planned = planned_rows.planned_rows(group, parts)
         print_table(*planned_rows.table(planned))
         _write(planned, as_json, out)
         return
+    if pipeline.given:
+        if click.get_current_context().get_parameter_source("group_sizes") is ParameterSource.COMMANDLINE:
+            raise ValueError(
+                f"--group-sizes compares memory by phase, and the stages of a pipeline ({pipeline.given[0]}) are in "
+                "different ones at one time; leave one of them out"
+            )
+        group_sizes = ()
     config = shape.config(prefix_len + response_len)
-    _check_call(out, impl, dtype, config.channels, has_parts=True)
-    from megatron_prefix.bench import split
+    pipeline.check_layers(config.num_layers)
+    _check_call(out, impl, dtype, config.channels, processes=pipeline.pp, has_parts=True)
+    from megatron_prefix.bench import in_pipeline, split
     from megatron_prefix.bench.step import StepSettings
     from megatron_prefix.cli.options import ParallelFlags
     from megatron_prefix.mcore.parallel import destroy
@@ -254,15 +298,36 @@ def split_command(
             group, config, StepSettings(dtype, impl), settings, repeats=repeats, seed=seed, after_each=after_each
         )
 
-    ParallelFlags(dp=1).start(seed)
+    def run_in_pipeline(after_each: Callable[[str], None]) -> dict[str, Any]:
+        bench = in_pipeline.PipelineBench(
+            group, config, StepSettings(dtype, impl), _pipeline_sizes(pipeline), seed=seed
+        )
+        return bench.split(settings, repeats=repeats, after_each=after_each)
+
+    ParallelFlags(pp=pipeline.pp, vpp=pipeline.vpp, dp=1).start(seed)
     try:
-        _run_and_report("bench split", split.num_runs(settings, repeats, dtype), run, as_json, out)
+        if pipeline.given:
+            runs = in_pipeline.num_runs(2 + len(prefix_activations) + repeated, repeats, dtype)
+            _run_and_report("bench split --pp", runs, run_in_pipeline, as_json, out)
+        else:
+            _run_and_report("bench split", split.num_runs(settings, repeats, dtype), run, as_json, out)
     finally:
         destroy()
 
 
+def _pipeline_sizes(flags: PipelineFlags) -> PipelineSizes:
+    return PipelineSizes(flags.pp, flags.vpp, flags.num_groups)
+
+
 def _check_call(
-    out: Path | None, impl: str, dtype: str, head_dim: int, processes: int = 1, has_parts: bool = False
+    out: Path | None,
+    impl: str,
+    dtype: str,
+    head_dim: int,
+    *,
+    processes: int = 1,
+    cp_size: int = 1,
+    has_parts: bool = False,
 ) -> torch.device:
     """Where the benchmark runs. Refuses what can be refused before any work.
 
@@ -278,7 +343,7 @@ def _check_call(
         )
     _check_out(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_impl(impl, device, DTYPES[dtype], head_dim, cp_size=processes, has_parts=has_parts)
+    check_impl(impl, device, DTYPES[dtype], head_dim, cp_size=cp_size, has_parts=has_parts)
     return device
 
 
@@ -298,7 +363,10 @@ def _run_and_report(
         report = error.report
         console.print(str(error), style="red", markup=False)
     else:
-        if report["bench"] == "split":
+        if "stages" in next(iter(report.get("results", {}).values()), {}):
+            print_table(*pipeline_report.table(report))
+            console.print(pipeline_report.summary(report), markup=False)
+        elif report["bench"] == "split":
             print_table(*split_report.table(report))
             if report["by_group_size"]:
                 print_table(*split_report.memory_table(report))

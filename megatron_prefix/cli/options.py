@@ -15,6 +15,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron_prefix.attention import IMPLS, check_impl
 from megatron_prefix.cli.console import start_distributed
 from megatron_prefix.cli.cp_options import Command, check_a2a, cp_options, cp_placement_option, gather
+from megatron_prefix.cli.pipeline_options import pp_option, vpp_option
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.checkpoint import CONFIG_FILE, load_checkpoint, load_config
 from megatron_prefix.mcore.cpu import run_on_cpu
@@ -29,11 +30,6 @@ from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.rollouts import RolloutGroup, check_vocabulary
 from megatron_prefix.splitting import Split, plan_splits
 
-max_tokens_option = click.option(
-    "--max-tokens-per-microbatch",
-    type=click.IntRange(1),
-    help="Most rows of one micro-batch; groups over it are split, their prefix encoded once all the same.",
-)
 prefix_activations_option = click.option(
     "--prefix-activations",
     type=click.Choice(PREFIX_ACTIVATIONS),
@@ -170,6 +166,15 @@ def check_groups(groups: Sequence[RolloutGroup], config: ModelConfig, max_tokens
                 f"group {without} ({groups[without].group_id!r}) has no log_probs but others have; give the sampler's "
                 "log_probs for all groups or for none"
             )
+    return check_limit(groups, max_tokens)
+
+
+def check_limit(groups: Sequence[RolloutGroup], max_tokens: int | None) -> list[Split]:
+    """Refuse groups of which a response or prefix is larger than a micro-batch; returns how groups will be split.
+
+    Raises:
+        ValueError: there is one; names --max-tokens-per-microbatch and what it must be.
+    """
     try:
         return [split for split in plan_splits(groups, max_tokens_per_pack=max_tokens) if split is not None]
     except ValueError as error:
@@ -199,8 +204,8 @@ def parallel_options(command: Command) -> Command:
         "parallel",
         ParallelFlags,
         click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel size."),
-        click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline-parallel size."),
-        click.option("--vpp", type=click.IntRange(1), default=1, help="Stages per pipeline rank (interleaved)."),
+        pp_option,
+        vpp_option,
         *cp_options(),
         click.option("--dp", type=click.IntRange(1), default=None, help="Data-parallel size; default: what is left."),
         click.option("--sequence-parallel", is_flag=True, help="Shard activations between layers over --tp."),

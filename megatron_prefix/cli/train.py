@@ -21,11 +21,11 @@ from megatron_prefix.cli.options import (
     check_groups,
     check_writable,
     loss_options,
-    max_tokens_option,
     model_options,
     parallel_options,
     train_options,
 )
+from megatron_prefix.cli.pipeline_options import max_tokens_option
 from megatron_prefix.cli.plots import plot_comparison
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
@@ -42,7 +42,7 @@ from megatron_prefix.mcore.compare import StepComparison, compare_step
 from megatron_prefix.mcore.core_attention import attention_layers
 from megatron_prefix.mcore.parallel import destroy
 from megatron_prefix.mcore.repeated import repeated_log_probs
-from megatron_prefix.mcore.schedule import describe_step
+from megatron_prefix.mcore.step_plan import plan_step
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import Pack, balance_groups
@@ -152,7 +152,7 @@ def train_command(
         console.print(f"{len(splits)} of {len(groups)} groups are split, into {parts} parts; their prefixes run once")
     if sizes.pp > 1 and batches:
         packs = run.packs(run.share(batches[0]))
-        console.print(describe_step(packs, trainer.config, max_live_prefixes=settings.max_live_prefixes))
+        console.print(plan_step(packs, trainer.config, max_live_prefixes=settings.max_live_prefixes).describe())
     if sizes.cp > 1:
         layers = attention_layers(trainer.config, parallel.cp_a2a)
         console.print(_placement(groups[0], sizes.cp, settings.cp_placement, layers))

@@ -18,11 +18,11 @@ from megatron_prefix.cli.options import (
     ParallelFlags,
     check_groups,
     cp_placement_option,
-    max_tokens_option,
     model_options,
     parallel_options,
     prefix_activations_option,
 )
+from megatron_prefix.cli.pipeline_options import max_tokens_option
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.equivalence import (

@@ -14,7 +14,7 @@ finalize_model_grads are theirs. Source: Prefix Grouper (arXiv 2506.05433) for t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -33,8 +33,8 @@ from megatron_prefix.mcore.deferred import DeferredGraph, hold_back, run_later
 from megatron_prefix.mcore.log_probs import attention_layer_numbers, prefix_hidden_states, unwrap
 from megatron_prefix.mcore.schedule_trace import ScheduleTrace
 from megatron_prefix.mcore.step_errors import StepErrors
+from megatron_prefix.mcore.step_plan import ordered_jobs
 from megatron_prefix.packing import Pack
-from megatron_prefix.pipeline_plan import PipelineJob, num_idle_jobs, order_jobs, pipeline_jobs, plan_pipeline
 
 PREFIX_ACTIVATIONS = ("keep", "recompute", "offload")
 
@@ -90,7 +90,7 @@ def forward_backward_prefix_groups(
     queues = [_jobs(mine, num_microbatches, forward_only) for mine in items]
     config = unwrap(chunks[0]).config  # the one that megatron-core's schedules read
     packs = [job.pack for job in queues[0] if job.item is not None]
-    plan = _plan(packs, config, stages.size(), max_live_prefixes, forward_only)
+    plan = ordered_jobs(packs, config, stages.size(), max_live_prefixes, forward_only)
     total = len(plan)
     if not config.calculate_per_token_loss and any(job.kind == "A" and job.has_targets for job in queues[0]):
         raise ValueError("a tree split below trained tokens needs calculate_per_token_loss=True: set it in the config")
@@ -235,33 +235,6 @@ def _check_stages(items: list[Any], group: Any) -> None:
             f"pipeline stages 0 and {stage} have different micro-batches: of {len(stages[0])} and {len(theirs)}, "
             f"number {first} is the first that differs; build the same packs in the same order on every stage"
         )
-
-
-def describe_step(packs: Sequence[Pack], config: Any, *, max_live_prefixes: int | None = None) -> str:
-    """One line about a step in ``config``'s pipeline: micro-batches, the modelled bubble, and live prefixes.
-
-    Args:
-        packs: as the data iterator would yield them.
-        config: megatron-core's, of the model.
-        max_live_prefixes: see `forward_backward_prefix_groups`.
-    """
-    stages, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
-    plan = [job for _, job in _plan(packs, config, stages, max_live_prefixes, forward_only=False)]
-    group = config.microbatch_group_size_per_vp_stage
-    return plan_pipeline(plan, stages, num_chunks=chunks, chunk_group=group).describe()
-
-
-def _plan(
-    packs: Sequence[Pack], config: Any, num_stages: int, max_live: int | None, forward_only: bool
-) -> list[tuple[int, PipelineJob]]:
-    """The order of a step's micro-batches, idle ones behind: where each stands as it comes, and its work."""
-    plan = pipeline_jobs(packs, pair_cost=1 / (6 * config.hidden_size), forward_only=forward_only)
-    chunks, group = config.virtual_pipeline_model_parallel_size, config.microbatch_group_size_per_vp_stage
-    order = list(range(len(plan)))
-    if not forward_only:
-        order = order_jobs(plan, num_stages, num_chunks=chunks, chunk_group=group, max_live_prefixes=max_live)
-    idle = num_idle_jobs(len(plan), num_stages, chunks, group)
-    return [*((n, plan[n]) for n in order), *((len(plan) + n, PipelineJob("idle", 0.0)) for n in range(idle))]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""What a step of packs will do in the pipeline of a megatron-core config: order, bubble, live prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_prefix.packing import Pack
+from megatron_prefix.pipeline_plan import (
+    PipelineJob,
+    PipelineRun,
+    num_idle_jobs,
+    order_jobs,
+    pipeline_jobs,
+    plan_pipeline,
+)
+
+
+def plan_step(packs: Sequence[Pack], config: Any, *, max_live_prefixes: int | None = None) -> PipelineRun:
+    """The step of these packs, forward and backward, in ``config``'s pipeline, with modelled times.
+
+    Args:
+        packs: as the data iterator would yield them.
+        config: megatron-core's, of the model.
+        max_live_prefixes: see `mcore.schedule.forward_backward_prefix_groups`.
+    """
+    stages, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    jobs = [job for _, job in ordered_jobs(packs, config, stages, max_live_prefixes)]
+    return plan_pipeline(jobs, stages, num_chunks=chunks, chunk_group=config.microbatch_group_size_per_vp_stage)
+
+
+def ordered_jobs(
+    packs: Sequence[Pack], config: Any, num_stages: int, max_live: int | None, forward_only: bool = False
+) -> list[tuple[int, PipelineJob]]:
+    """The order of a step's micro-batches, idle ones behind: where each stands as it comes, and its work."""
+    jobs = pipeline_jobs(packs, pair_cost=1 / (6 * config.hidden_size), forward_only=forward_only)
+    chunks, group = config.virtual_pipeline_model_parallel_size, config.microbatch_group_size_per_vp_stage
+    order = list(range(len(jobs)))
+    if not forward_only:
+        order = order_jobs(jobs, num_stages, num_chunks=chunks, chunk_group=group, max_live_prefixes=max_live)
+    idle = num_idle_jobs(len(jobs), num_stages, chunks, group)
+    return [*((n, jobs[n]) for n in order), *((len(jobs) + n, PipelineJob("idle", 0.0)) for n in range(idle))]
