@@ -235,7 +235,8 @@ class PolicyTrainer:
         batch = next(iterator)
         with_entropy = self.loss.entropy_coef > 0
         output = self.log_probs_fn(model, batch.pack, **({"with_entropy": True} if with_entropy else {}))
-        log_probs, entropy = output if with_entropy else (output, None)
+        # Stages before the last return their hidden states alone.
+        log_probs, entropy = output if isinstance(output, tuple) else (output, None)
         return log_probs, partial(self._loss, totals, batch, entropy)
 
     def _loss(
