@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from megatron_prefix.mcore.log_probs import response_log_probs
     from megatron_prefix.mcore.packed import PrefixPackedSeqParams
     from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
+    from megatron_prefix.mcore.tokens import groups_on_this_rank
     from megatron_prefix.packing import Pack, pack_groups
+    from megatron_prefix.rollout_group import TokenCount
     from megatron_prefix.rollout_tree import RolloutTree, TreeNode
     from megatron_prefix.rollouts import RolloutGroup, read_rollouts, write_rollouts
     from megatron_prefix.splitting import pack_and_split
@@ -31,8 +33,10 @@ _MODULES = {
     "RolloutGroup": "rollouts",
     "RolloutPairs": "loss",
     "RolloutTree": "rollout_tree",
+    "TokenCount": "rollout_group",
     "TreeNode": "rollout_tree",
     "forward_backward_prefix_groups": "mcore.schedule",
+    "groups_on_this_rank": "mcore.tokens",
     "grpo_loss": "loss",
     "pack_and_split": "splitting",
     "pack_groups": "packing",
@@ -53,9 +57,11 @@ __all__ = [
     "RolloutGroup",
     "RolloutPairs",
     "RolloutTree",
+    "TokenCount",
     "TreeNode",
     "__version__",
     "forward_backward_prefix_groups",
+    "groups_on_this_rank",
     "grpo_loss",
     "pack_and_split",
     "pack_groups",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_prefix.layout import PartLayout, PrefixLayout
 from megatron_prefix.loss import BatchTotals, RolloutPairs, group_advantages
-from megatron_prefix.rollout_group import RolloutGroup
+from megatron_prefix.rollout_group import RolloutGroup, TokenCount
 from megatron_prefix.rollout_tree import RolloutTree, TreeNode, alone, node_rows, num_rows, path_of
 
 if TYPE_CHECKING:
@@ -42,6 +42,19 @@ class SharedPrefix:
 
 
 @dataclass(frozen=True)
+class PackIds:
+    """Token ids of a pack of T rows, on the CPU.
+
+    Attributes:
+        tokens: int64 [T], input token of each row.
+        targets: int64 [T], the token that each row predicts; `NO_TARGET` where it predicts none.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
 class Pack:
     """One micro-batch: rows of several prefix groups (or trees) side by side. Tensors are on the CPU.
 
@@ -49,8 +62,7 @@ class Pack:
 
     Attributes:
         layout: segments of the pack.
-        tokens: int64 [T], input token of each row.
-        targets: int64 [T], the token that each row predicts; `NO_TARGET` where it predicts none.
+        ids: token ids, or None in a pack of groups of which only lengths are known (`TokenCount`).
         positions: int64 [T], position of each row in its own sequence.
         response_rows: int64 [N], rows with a target, ordered by group, response, token.
         pairs: which rollouts own which response row, ordered by rollout, token. M = N for plain groups.
@@ -61,8 +73,7 @@ class Pack:
     """
 
     layout: PrefixLayout
-    tokens: Tensor
-    targets: Tensor
+    ids: PackIds | None
     positions: Tensor
     response_rows: Tensor
     pairs: RolloutPairs
@@ -70,6 +81,24 @@ class Pack:
     rewards: Tensor
     sampler_log_probs: Tensor | None
     prefix: SharedPrefix | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """`PackIds.tokens`. Raises ValueError where only lengths are known."""
+        return self._known_ids().tokens
+
+    @property
+    def targets(self) -> Tensor:
+        """`PackIds.targets`. Raises ValueError where only lengths are known."""
+        return self._known_ids().targets
+
+    def _known_ids(self) -> PackIds:
+        if self.ids is None:
+            raise ValueError(
+                f"this pack of {self.layout.num_rows} rows was made from lengths only and has no token ids; build it "
+                "from groups with their tokens where they are read"
+            )
+        return self.ids
 
     @property
     def is_prefix(self) -> bool:
@@ -227,7 +256,7 @@ class PackRows:
         """Append a segment; returns its index."""
         self.lengths.append(len(tokens))
         self.parents.append(parent)
-        self.tokens.extend(tokens)
+        self.tokens.extend(_ids(tokens))
         self.targets.extend(targets)
         self.sampler_log_probs.extend(log_probs)
         return len(self.lengths) - 1
@@ -266,8 +295,7 @@ class PackRows:
         whole = torch.bincount(pair_rollout, minlength=len(rewards))
         return Pack(
             layout=layout,
-            tokens=torch.tensor(self.tokens, dtype=torch.long),
-            targets=targets,
+            ids=self._ids(targets),
             positions=torch.tensor(layout.positions, dtype=torch.long),
             response_rows=response_rows,
             pairs=RolloutPairs(
@@ -284,8 +312,26 @@ class PackRows:
         )
 
 
+    def _ids(self, targets: Tensor) -> PackIds | None:
+        unknown = self.tokens.count(_UNKNOWN)
+        if 0 < unknown < len(self.tokens):
+            raise ValueError(
+                f"of {unknown} of {len(self.tokens)} rows of a pack no token id is known; pack groups with tokens, or "
+                "groups without"
+            )
+        return None if unknown else PackIds(torch.tensor(self.tokens, dtype=torch.long), targets)
+
+
+_UNKNOWN = -1
+"""Stands for a token id that is not known, while a pack is put together."""
+
+
+def _ids(tokens: Sequence[int]) -> list[int]:
+    return [_UNKNOWN] * len(tokens) if isinstance(tokens, TokenCount) else list(tokens)
+
+
 def _targets(node: TreeNode) -> list[int]:
-    return list(node.tokens) if node.rollouts else [NO_TARGET] * len(node.tokens)
+    return _ids(node.tokens) if node.rollouts else [NO_TARGET] * len(node.tokens)
 
 
 def _log_probs(node: TreeNode) -> list[float]:
@@ -310,7 +356,7 @@ def _add_grouped(rows: PackRows, tree: RolloutTree, first_rollout: int) -> None:
 def _add_repeated(rows: PackRows, tree: RolloutTree, first_rollout: int) -> None:
     for rollout in range(len(tree.rewards)):
         path = path_of(tree, rollout)
-        tokens = [token for node in path for token in node.tokens]
+        tokens = [token for node in path for token in _ids(node.tokens)]
         owned = [rollout in node.rollouts for node in path]
         no_targets = [[NO_TARGET] * len(node.tokens) for node in path]
         targets = [

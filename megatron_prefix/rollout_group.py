@@ -10,12 +10,31 @@ from numbers import Real
 from typing import Any
 
 
+@dataclass(frozen=True)
+class TokenCount(Sequence[int]):
+    """Stands for token ids where only their number is known: has a length, and reading an id is an error.
+
+    A rank that never reads token ids can be without them, see `mcore.tokens`. Packs are built alike from both.
+    """
+
+    num_tokens: int
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def __getitem__(self, index: Any) -> Any:
+        raise ValueError(
+            f"only the number of these tokens is known here ({self.num_tokens}), their ids are not; read ids on a "
+            "rank that keeps them: tensor-parallel rank 0 of the first and the last pipeline stage"
+        )
+
+
 @dataclass(frozen=True, init=False)
 class RolloutGroup:
     """One prompt and the G responses sampled for it. Immutable; sequences are stored as tuples.
 
     Args:
-        prompt: token ids, at least one.
+        prompt: token ids, at least one; or a `TokenCount`, as all responses then are.
         responses: G lists of token ids, at least one each.
         rewards: G finite numbers.
         group_id: a name used in messages and files.
@@ -27,8 +46,8 @@ class RolloutGroup:
         ValueError: anything else; the message names group, response, position and value, and the remedy.
     """
 
-    prompt: tuple[int, ...]
-    responses: tuple[tuple[int, ...], ...]
+    prompt: Sequence[int]
+    responses: tuple[Sequence[int], ...]
     rewards: tuple[float, ...]
     group_id: str | None
     log_probs: tuple[tuple[float, ...], ...] | None
@@ -53,6 +72,7 @@ class RolloutGroup:
         ]
         if not rows:
             raise ValueError(f"{group} has no responses; drop the group or sample at least one response")
+        check_all_known(group, [ids, *rows])
         scores = _sequence(f"{group}, rewards", rewards)
         if len(scores) != len(rows):
             raise ValueError(
@@ -80,6 +100,16 @@ class RolloutGroup:
         if self.loss_masks is None:
             return tuple(len(tokens) for tokens in self.responses)
         return tuple(sum(mask) for mask in self.loss_masks)
+
+    def lengths_only(self, *, keep_log_probs: bool = False) -> RolloutGroup:
+        """The same group where no token id is read: `TokenCount`s, with rewards and masks.
+
+        ``keep_log_probs``: the sampler's log-probs too, which a rank that computes the loss needs.
+        """
+        counts = [TokenCount(len(tokens)) for tokens in self.responses]
+        log_probs = self.log_probs if keep_log_probs else None
+        prompt = TokenCount(len(self.prompt))
+        return RolloutGroup(prompt, counts, self.rewards, self.group_id, log_probs, self.loss_masks)
 
     @classmethod
     def from_samples(
@@ -132,8 +162,18 @@ def check_vocabulary(groups: Iterable[RolloutGroup], vocab_size: int) -> None:
             )
 
 
+def check_all_known(where: str, sequences: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError when token ids are known of some of the sequences only."""
+    unknown = sum(isinstance(tokens, TokenCount) for tokens in sequences)
+    if 0 < unknown < len(sequences):
+        raise ValueError(
+            f"{where}: of {unknown} of {len(sequences)} sequences only the number of tokens is known; give the ids "
+            "of all of them, or of none"
+        )
+
+
 def check_same_prompt(
-    group_id: str | None, first: tuple[int, ...], other: tuple[int, ...], *, places: tuple[str, str]
+    group_id: str | None, first: Sequence[int], other: Sequence[int], *, places: tuple[str, str]
 ) -> None:
     """Refuses two prompts of one group that are not the same tokens; ``places`` says where each was found.
 
@@ -163,15 +203,17 @@ def _sequence(where: str, value: Any) -> Sequence[Any]:
     return value
 
 
-def token_ids(where: str, value: Any) -> tuple[int, ...]:
-    """``value`` as a tuple of token ids, at least one.
+def token_ids(where: str, value: Any) -> Sequence[int]:
+    """``value`` as a tuple of token ids, at least one; a `TokenCount` as it is.
 
     Raises:
         ValueError: it is not; the message starts with ``where`` and names position and value.
     """
-    ids = tuple(_sequence(where, value))
-    if not ids:
+    if len(_sequence(where, value)) == 0:
         raise ValueError(f"{where} is empty; it needs at least one token")
+    if isinstance(value, TokenCount):
+        return value
+    ids = tuple(value)
     for position, token in enumerate(ids):
         if type(token) is not int or token < 0:  # type(), because True is an int too
             raise ValueError(
@@ -194,7 +236,7 @@ def _finite(where: str, value: Any, remedy: str) -> float:
 
 
 def _per_token(
-    group: str, what: str, value: Any, responses: Sequence[tuple[int, ...]]
+    group: str, what: str, value: Any, responses: Sequence[Sequence[int]]
 ) -> list[Sequence[Any] | None] | None:
     """One list (or None) per response, with one value per token; None when no response has any."""
     if value is None:
@@ -223,7 +265,7 @@ def _log_probs(group: str, lists: list[Sequence[Any] | None] | None) -> tuple[tu
 
 
 def _masks(
-    group: str, lists: list[Sequence[Any] | None] | None, responses: Sequence[tuple[int, ...]]
+    group: str, lists: list[Sequence[Any] | None] | None, responses: Sequence[Sequence[int]]
 ) -> tuple[tuple[bool, ...], ...] | None:
     if lists is None:
         return None

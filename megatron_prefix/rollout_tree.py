@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_prefix.layout import PrefixLayout
-from megatron_prefix.rollout_group import RolloutGroup, token_ids
+from megatron_prefix.rollout_group import RolloutGroup, TokenCount, check_all_known, token_ids
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class TreeNode:
     """Consecutive tokens of a rollout tree.
 
     Attributes:
-        tokens: token ids, at least one.
+        tokens: token ids, at least one; or a `TokenCount`, as those of all nodes then are.
         parent: index of the parent node, -1 for the root.
         rollouts: the rollouts that own (generated) these tokens; empty for a prompt or a tool's output.
         loss_mask: per token, whether it is trained; None trains all tokens of an owned node.
@@ -57,6 +57,7 @@ class RolloutTree:
                     raise ValueError(f"node {i}: {name} has {len(values)} entries for {len(node.tokens)} tokens")
             if node.loss_mask is None or any(node.loss_mask):
                 owned.update(node.rollouts)
+        check_all_known("rollout tree", [node.tokens for node in self.nodes])
         if len(owned) != len(self.rewards):
             missing = sorted(set(range(len(self.rewards))) - owned)
             raise ValueError(f"rollouts {missing} own no trained token; leave them out")
@@ -77,6 +78,14 @@ class RolloutTree:
                         "a rollout is one path from the root"
                     )
                 deepest[rollout] = i
+
+    def lengths_only(self, *, keep_log_probs: bool = False) -> RolloutTree:
+        """As `RolloutGroup.lengths_only`."""
+        nodes = [
+            replace(node, tokens=TokenCount(len(node.tokens)), log_probs=node.log_probs if keep_log_probs else None)
+            for node in self.nodes
+        ]
+        return RolloutTree(tuple(nodes), self.rewards)
 
     @classmethod
     def from_group(cls, group: RolloutGroup) -> RolloutTree:
@@ -100,10 +109,12 @@ class RolloutTree:
         return PrefixLayout(lengths, [node.parent for node in self.nodes])
 
 
-def node_rows(tree: RolloutTree, index: int) -> list[int]:
+def node_rows(tree: RolloutTree, index: int) -> Sequence[int]:
     """Input tokens of a node's rows: shifted by one, so its parent's last token stands first. The root's last token
-    is not among the root's rows."""
+    is not among the root's rows. A `TokenCount` where the tree has those."""
     node = tree.nodes[index]
+    if isinstance(node.tokens, TokenCount):
+        return TokenCount(len(node.tokens) - (node.parent < 0))
     before = [] if node.parent < 0 else [tree.nodes[node.parent].tokens[-1]]
     return [*before, *node.tokens[:-1]]
 

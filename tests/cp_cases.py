@@ -11,10 +11,9 @@ from megatron.core import parallel_state
 from megatron_prefix import LossConfig, RolloutGroup, pack_groups, prefix_gpt_layer_spec, response_log_probs
 from megatron_prefix.context_parallel.plan import CpPlan
 from megatron_prefix.mcore.equivalence import differences, evaluate, make_inputs
-from megatron_prefix.mcore.log_probs import unwrap
 from megatron_prefix.mcore.model import build_model, transformer_config
 from megatron_prefix.mcore.repeated import build_plain_model, repeated_log_probs
-from megatron_prefix.mcore.stages import copy_parameters
+from megatron_prefix.mcore.stages import copy_parameters, unwrap
 from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
 from tests.equivalence_cases import VOCAB_SIZE, Batch, ragged_batch
 from tests.mcore_helpers import start, tiny_config

@@ -23,6 +23,7 @@ from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
 from megatron_prefix.mcore.model import build_hybrid_model, build_model, hybrid_stack_spec, transformer_config
 from megatron_prefix.mcore.repeated import repeated_log_probs
+from megatron_prefix.mcore.tokens import groups_on_this_rank
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import repeated_packs
@@ -57,6 +58,7 @@ class Case:
     distributed_optimizer: bool = False
     dtype: str = "float64"
     hybrid: bool = False
+    lengths_only: bool = False
     steps: int = STEPS
 
     @property
@@ -114,8 +116,10 @@ def old_log_probs(pack: Pack) -> Tensor:
     return -4.1 + 0.2 * torch.sin(seeds.double())
 
 
-def inputs_of(packs: Sequence[Pack]) -> list[StepInput]:
-    return [StepInput(pack, old_log_probs(pack)) for pack in packs]
+def inputs_of(packs: Sequence[Pack], with_tokens: Sequence[Pack] | None = None) -> list[StepInput]:
+    """Of packs that may have lengths only, ``with_tokens`` are the same with token ids."""
+    pairs = zip(packs, with_tokens or packs, strict=True)
+    return [StepInput(pack, old_log_probs(full)) for pack, full in pairs]
 
 
 def settings_of(case: Case) -> TrainSettings:
@@ -267,9 +271,10 @@ def compare(case: Case, folder: Path) -> dict[str, float]:
     oracle = torch.load(oracle_file(folder, case))
     trainer, packs = _trainer_and_packs(case, oracle["start"])
     found = {"packs": float(len(packs)), "prefixes": float(sum(pack.is_prefix for pack in packs))}
+    found["with ids"] = float(sum(pack.ids is not None for pack in packs))
     total = sum(all_gather_object(_sum_of_log_probs(trainer, packs), trainer.dp_group))
     found["log_probs"] = abs(total / oracle["log_probs"] - 1)
-    inputs = inputs_of(packs)
+    inputs = inputs_of(packs, packs_of_rank(trainer, replace(case, lengths_only=False)))
     found["loss"] = abs(trainer.gradients(inputs)["loss"] - oracle["loss"])
     expected = build(case)
     theirs = [parameter for chunk in expected for parameter in chunk.parameters()]
@@ -312,7 +317,15 @@ def _trainer_and_packs(case: Case, weights: Whole, loss: LossConfig | None = Non
     chunks = build(case)
     set_weights(chunks, weights)
     trainer = PolicyTrainer(chunks, settings_of(case), loss or LossConfig())
-    return trainer, pack_and_split(trainer.shard(batch()), max_tokens_per_pack=case.limit)
+    return trainer, packs_of_rank(trainer, case)
+
+
+def packs_of_rank(trainer: PolicyTrainer, case: Case) -> list[Pack]:
+    """This rank's micro-batches, where so asked without what it does not read."""
+    groups = batch()
+    if case.lengths_only:
+        groups = groups_on_this_rank(groups, trainer.model)
+    return pack_and_split(trainer.shard(groups), max_tokens_per_pack=case.limit)
 
 
 def _gradients(trainer: PolicyTrainer) -> list[Tensor]:

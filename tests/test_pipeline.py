@@ -31,14 +31,15 @@ CASES = [
     Case(cp=2, cp_comm_type="a2a", cp_placement="dual_chunk_swap", recompute="full", tied=True, steps=0),
     # three
     Case(layers=6, pp=3, vpp=2, tied=True, recompute="selective", steps=0),
-    Case(layers=6, pp=3, tied=True, overlap=True, prefix_activations="recompute", steps=0),
+    Case(layers=6, pp=3, tied=True, overlap=True, prefix_activations="recompute", lengths_only=True, steps=0),
     # four
-    Case(pp=2, vpp=2, tp=2, sequence_parallel=True, recompute="full", steps=0),
-    Case(pp=2, tp=2, limit=30, tied=True, overlap=True, steps=0),
+    Case(pp=2, vpp=2, tp=2, sequence_parallel=True, recompute="full", lengths_only=True, steps=0),
+    Case(pp=2, tp=2, limit=30, tied=True, overlap=True, lengths_only=True, steps=0),
     Case(layers=8, pp=4, vpp=2, prefix_activations="offload", steps=0),
     Case(pp=4, recompute="full", tied=True, steps=0),
     Case(pp=2, dp=2, vpp=2, dtype="float32", overlap=True, distributed_optimizer=True),
     Case(pp=2, cp=2, cp_comm_type="all_gather", cp_placement="dual_chunk_swap", overlap=True, tied=True, steps=0),
+    Case(tp=2, cp=2, lengths_only=True, steps=0),
     # rounding
     Case(dtype="bfloat16", recompute="full"),
     Case(dtype="bfloat16", pp=2),
@@ -46,6 +47,7 @@ CASES = [
 if find_spec("megatron.core.models.hybrid"):
     CASES += [Case(hybrid=True, layers=2, pp=2, recompute="full", steps=0)]
 EXACT = [case for case in CASES if case.dtype != "bfloat16"]
+LENGTHS_ONLY = [case for case in CASES if case.lengths_only]
 ROUNDED = [case for case in CASES if case.dtype == "bfloat16"]
 
 
@@ -80,6 +82,7 @@ def test_the_cases_cover_every_setting() -> None:
         "overlap": {False, True},
         "prefix_activations": {"keep", "recompute", "offload"},
         "limit": {16, 30},
+        "lengths_only": {False, True},
     }.items():
         assert {getattr(case, field) for case in split} == values
     assert len({case.name for case in CASES}) == len(CASES)
@@ -105,6 +108,18 @@ def test_equal_to_plain_megatron_core(case: Case, found: dict[str, list[dict[str
 def test_bf16_is_within_twice_the_plain_paths_own_error(case: Case, found: dict[str, Any]) -> None:
     for result in found[case.name]:
         assert 0 < result["error"] <= 2 * result["plain error"], result
+
+
+@pytest.mark.parametrize("case", LENGTHS_ONLY, ids=[case.name for case in LENGTHS_ONLY])
+def test_token_ids_are_on_tensor_parallel_rank_0_of_the_first_and_last_stage(
+    case: Case, found: dict[str, list[dict[str, float]]]
+) -> None:
+    """Elsewhere no pack has a tensor of them, and the gradients above are those of plain megatron-core all the same."""
+    for rank, result in enumerate(found[case.name]):
+        # megatron-core's order of ranks: tensor, context, (data,) pipeline
+        stage, tensor_rank = rank // (case.world_size // case.pp), rank % case.tp
+        has_ids = stage in (0, case.pp - 1) and tensor_rank == 0
+        assert result["with ids"] == (result["packs"] if has_ids else 0), rank
 
 
 def test_the_batch_is_cut_into_2_to_5_unequal_parts() -> None:

@@ -18,7 +18,7 @@ from megatron_prefix.attention.prefix_cache import PrefixCache
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.layout import PartLayout
 from megatron_prefix.mcore.core_attention import PrefixCoreAttention
-from megatron_prefix.mcore.log_probs import unwrap
+from megatron_prefix.mcore.stages import unwrap
 from megatron_prefix.mcore.training import PolicyTrainer
 from megatron_prefix.measure import MemoryTracker, track_memory
 from megatron_prefix.splitting import pack_and_split

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_prefix.bench.report import with_total
 from megatron_prefix.layout import FLOPS_PER_PAIR, FORWARD_FLOPS_PER_PAIR
 from megatron_prefix.loss import LossConfig
-from megatron_prefix.mcore.log_probs import response_log_probs, unwrap
+from megatron_prefix.mcore.log_probs import response_log_probs
+from megatron_prefix.mcore.stages import unwrap
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.measure import Stopwatch, track_memory
 from megatron_prefix.packing import Pack

@@ -43,6 +43,7 @@ from megatron_prefix.mcore.core_attention import attention_layers
 from megatron_prefix.mcore.parallel import destroy
 from megatron_prefix.mcore.repeated import repeated_log_probs
 from megatron_prefix.mcore.step_plan import plan_step
+from megatron_prefix.mcore.tokens import groups_on_this_rank
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import Pack, balance_groups
@@ -105,8 +106,8 @@ def train_command(
         raise ValueError("--plot draws the comparison: add --compare 1")
     config = flags.config()
     groups = read_rollouts(rollouts)
-    splits = check_groups(groups, config, max_tokens_per_microbatch)
-    flags.check_impl(config, parallel.cp, bool(splits))
+    num_parts = [len(split.parts) for split in check_groups(groups, config, max_tokens_per_microbatch)]
+    flags.check_impl(config, parallel.cp, bool(num_parts))
     if loss.importance_cap is not None and groups[0].log_probs is None:
         raise ValueError(
             f"--importance-cap {loss.importance_cap} needs the sampler's log_probs, {rollouts} has none; leave it out"
@@ -141,15 +142,18 @@ def train_command(
         _check_model(start, saved, state | names)
     trainer = PolicyTrainer(model, settings, loss)
     batches = [_batch(len(groups), groups_per_step, step, seed) for step in range(first, steps)]
+    if not compare:  # which runs a whole model on every rank
+        groups = groups_on_this_rank(groups, trainer.model)
     run = _Run(trainer, groups, max_tokens_per_microbatch, with_reference=loss.kl_coef > 0)
     run.measure_old_log_probs(sorted({i for batch in batches for i in batch}))
     if start:
         load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
     console = stderr_console()
     console.print(_banner(config, flags, sizes, len(groups), first, steps))
-    if splits:
-        parts = sum(len(split.parts) for split in splits)
-        console.print(f"{len(splits)} of {len(groups)} groups are split, into {parts} parts; their prefixes run once")
+    if num_parts:
+        console.print(
+            f"{len(num_parts)} of {len(groups)} groups are split, into {sum(num_parts)} parts; their prefixes run once"
+        )
     if sizes.pp > 1 and batches:
         packs = run.packs(run.share(batches[0]))
         console.print(plan_step(packs, trainer.config, max_live_prefixes=settings.max_live_prefixes).describe())

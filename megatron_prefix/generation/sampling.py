@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_prefix.collectives import Group, all_reduce_max
 from megatron_prefix.mcore.decode import PrefixDecoder
-from megatron_prefix.mcore.log_probs import unwrap
+from megatron_prefix.mcore.stages import unwrap
 
 
 @dataclass

@@ -22,8 +22,8 @@ from megatron_prefix.attention import KERNELS, merge_attention
 from megatron_prefix.attention.calls import Rows, VarlenCall
 from megatron_prefix.attention.grouped import as_read
 from megatron_prefix.layout import PrefixLayout
-from megatron_prefix.mcore.log_probs import unwrap
 from megatron_prefix.mcore.packed import LayerSettings, PrefixPackedSeqParams
+from megatron_prefix.mcore.stages import unwrap
 
 
 class PrefixDecoder:

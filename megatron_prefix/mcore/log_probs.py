@@ -5,7 +5,6 @@ Shapes: T rows of the pack (padding included), N response rows, V vocabulary.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +29,8 @@ from megatron_prefix.collectives import (
 from megatron_prefix.context_parallel.attention import CpShare
 from megatron_prefix.mcore.core_attention import PrefixCoreAttention, attention_layers
 from megatron_prefix.mcore.packed import ContextParallel, PrefixPackedSeqParams
+from megatron_prefix.mcore.stages import unwrap
+from megatron_prefix.mcore.tokens import StageIds, ids_on_this_rank
 from megatron_prefix.packing import NO_TARGET, Pack
 
 OTHER_MIXERS = ("MambaMixer", "GatedDeltaNet")
@@ -55,7 +56,8 @@ def response_log_probs(
 
     Args:
         model: the model, or this pipeline stage of it.
-        pack: from `pack_groups`.
+        pack: from `pack_groups`. Token ids are read on the first and the last stage, where tensor-parallel rank 0 gives
+            them to the others: every other rank's pack can be without, see `mcore.tokens`.
         temperature: logits are divided by it, as in sampling.
         with_entropy: also return the entropy of each row's distribution.
         chunk_rows: most rows whose logits exist at once.
@@ -70,8 +72,9 @@ def response_log_probs(
         ``with_entropy`` a pair of such tensors, in nats. A stage before the last returns its hidden states instead.
 
     Raises:
-        ValueError: a temperature or chunk size that is not positive, a token id outside the vocabulary, an unknown
-            placement, context-parallel ranks with different packs, or a model with layers that would ignore the layout.
+        ValueError: a temperature or chunk size that is not positive, a token id outside the vocabulary or none where
+            they are read, an unknown placement, context-parallel ranks with different packs, or a model with layers
+            that would ignore the layout.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -79,11 +82,14 @@ def response_log_probs(
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     inner = unwrap(model)
     device = next(inner.parameters()).device
-    packed = _packed_params(inner, pack, device, cp_placement, cp_traffic)
-    hidden = _hidden_states(inner, pack, packed, device)
+    _check(inner, pack)
+    ids = ids_on_this_rank(pack, inner)
+    packed = _packed_params(inner, pack, ids, device, cp_placement, cp_traffic)
+    hidden = _hidden_states(inner, ids, packed, device)
     if not inner.post_process:
         return hidden
-    targets = packed.take(pack.targets)
+    assert ids.targets is not None
+    targets = packed.take(ids.targets)
     local = torch.nonzero(targets != NO_TARGET).flatten()
     count = len(local)
     if not count:  # a rank without a response row still takes part in the output layer's collectives and gradients
@@ -113,10 +119,12 @@ def prefix_hidden_states(model: torch.nn.Module, pack: Pack) -> Tensor:
     """
     inner = unwrap(model)
     device = next(inner.parameters()).device
-    packed = _packed_params(inner, pack, device, "dual_chunk_swap", None)
+    _check(inner, pack)
+    ids = ids_on_this_rank(pack, inner, with_targets=False)
+    packed = _packed_params(inner, pack, ids, device, "dual_chunk_swap", None)
     if inner.post_process:
         packed.keys_only_layer = max(attention_layer_numbers(inner))
-    return _hidden_states(inner, pack, packed, device)
+    return _hidden_states(inner, ids, packed, device)
 
 
 def attention_layer_numbers(model: torch.nn.Module) -> list[int]:
@@ -124,24 +132,27 @@ def attention_layer_numbers(model: torch.nn.Module) -> list[int]:
     return [module.layer_number for module in model.modules() if isinstance(module, PrefixCoreAttention)]
 
 
-def _packed_params(
-    inner: Any, pack: Pack, device: torch.device, cp_placement: str, cp_traffic: Traffic | None
-) -> PrefixPackedSeqParams:
-    """The layout of a pack for every layer, after the checks that come before any work."""
-    check_token_ids(pack, inner.vocab_size)
+def _check(inner: Any, pack: Pack) -> None:
+    """Raises ValueError for what comes to light before any work."""
     require_prefix_attention(inner)
     if pack.prefix is not None and pack.prefix.cache is None:
         raise ValueError(
             "this pack is part of a split group, whose prefix has no keys here; run the step's packs by "
             "forward_backward_prefix_groups"
         )
+
+
+def _packed_params(
+    inner: Any, pack: Pack, ids: StageIds, device: torch.device, cp_placement: str, cp_traffic: Traffic | None
+) -> PrefixPackedSeqParams:
+    """The layout of a pack for every layer."""
     packed = PrefixPackedSeqParams.build(
         pack.layout,
         device,
         multiple_of=inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1,
         # Every part expects the prefix in dual chunks, which both placements cut a segment with children into.
         cp=_context_parallel(inner, "dual_chunk_swap" if pack.is_prefix else cp_placement, cp_traffic),
-        content=zlib.crc32(pack.tokens.numpy().tobytes()),
+        content=ids.checksum,
     )
     packed.prefix_cache = None if pack.prefix is None else pack.prefix.cache
     return packed
@@ -158,7 +169,8 @@ def _context_parallel(inner: Any, placement: str, traffic: Traffic | None) -> Co
 
 def _response_numbers(pack: Pack, share: CpShare) -> list[Tensor]:
     """For each context-parallel rank the numbers (0 to N - 1) of the response rows that it owns, in its order."""
-    response = pack.targets != NO_TARGET
+    response = torch.zeros(pack.layout.num_rows, dtype=torch.bool)
+    response[pack.response_rows] = True
     number = response.cumsum(0) - 1
     owned = [torch.tensor(share.plan.rows(rank), dtype=torch.long) for rank in range(share.plan.cp_size)]
     return [number[rows][response[rows]].to(share.device) for rows in owned]
@@ -182,17 +194,6 @@ class _GatherResponses(torch.autograd.Function):
         return grad[ctx.mine], None, None
 
 
-def unwrap(model: torch.nn.Module) -> Any:
-    """The innermost module of DDP, Float16Module and the like.
-
-    Their hooks sit on submodules and parameters, so calling the inner model keeps them; their casts of outputs to fp32
-    are not wanted between the hidden states and the output layer.
-    """
-    while isinstance(getattr(model, "module", None), torch.nn.Module):
-        model = model.module  # type: ignore[assignment]
-    return model
-
-
 def require_prefix_attention(inner: Any) -> None:
     """Raises ValueError when a layer mixes rows without knowing the layout: it would read across responses."""
     for name, module in inner.named_modules():
@@ -207,23 +208,12 @@ def require_prefix_attention(inner: Any) -> None:
             )
 
 
-def check_token_ids(pack: Pack, vocab_size: int) -> None:
-    """Raises ValueError when a token of the pack lies outside the vocabulary; names the row, the id and the limit."""
-    for name, ids in (("token", pack.tokens), ("target", pack.targets)):
-        outside = torch.nonzero(ids >= vocab_size)
-        if outside.numel():
-            row = int(outside[0])
-            raise ValueError(
-                f"row {row}: {name} id {int(ids[row])} is outside the model's vocabulary of {vocab_size}; "
-                "were the rollouts made with another tokenizer?"
-            )
-
-
-def _hidden_states(inner: Any, pack: Pack, packed: PrefixPackedSeqParams, device: torch.device) -> Tensor:
+def _hidden_states(inner: Any, ids: StageIds, packed: PrefixPackedSeqParams, device: torch.device) -> Tensor:
     """Hidden states after the final norm, [T, 1, hidden] (T / tp under sequence parallelism)."""
+    tokens = None if ids.tokens is None else packed.padded(ids.tokens).to(device, non_blocking=True).unsqueeze(0)
     with _attribute(inner, "post_process", False):
         return inner(
-            input_ids=packed.padded(pack.tokens).to(device, non_blocking=True).unsqueeze(0),
+            input_ids=tokens,
             position_ids=packed.row_positions.unsqueeze(0),
             attention_mask=None,
             packed_seq_params=packed,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megatron_prefix.mcore.log_probs import check_token_ids, unwrap
 from megatron_prefix.mcore.model import build_model
 from megatron_prefix.mcore.parallel import whole_on_every_rank
+from megatron_prefix.mcore.stages import unwrap
+from megatron_prefix.mcore.tokens import check_token_ids
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import NO_TARGET, Pack
 
@@ -52,7 +53,7 @@ def repeated_log_probs(
     if any(parent != -1 for parent in pack.layout.parents):
         raise ValueError("plain megatron-core cannot share prefixes; build the pack with repeated=True")
     inner = unwrap(model)
-    check_token_ids(pack, inner.vocab_size)
+    check_token_ids(pack.tokens, pack.targets, inner.vocab_size)
     device = next(inner.parameters()).device
     multiple = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
     parts, entropies = [], []

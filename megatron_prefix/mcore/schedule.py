@@ -30,8 +30,9 @@ from megatron_prefix.attention.prefix_cache import PrefixCache
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.layout import PartLayout
 from megatron_prefix.mcore.deferred import DeferredGraph, hold_back, run_later
-from megatron_prefix.mcore.log_probs import attention_layer_numbers, prefix_hidden_states, unwrap
+from megatron_prefix.mcore.log_probs import attention_layer_numbers, prefix_hidden_states
 from megatron_prefix.mcore.schedule_trace import ScheduleTrace
+from megatron_prefix.mcore.stages import unwrap
 from megatron_prefix.mcore.step_errors import StepErrors
 from megatron_prefix.mcore.step_plan import ordered_jobs
 from megatron_prefix.packing import Pack

@@ -1,4 +1,4 @@
-"""Parameters of pipeline stages by the names that they have in the whole model."""
+"""Stages of a model without their wrappers, and their parameters by the names that they have in the whole model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from megatron_prefix.collectives import all_gather_object, broadcast
-from megatron_prefix.mcore.log_probs import unwrap
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 
@@ -69,3 +68,14 @@ def copy_parameters(source: Model, target: Model) -> None:
     missing = sorted(targets.keys() - done)
     if missing:
         raise ValueError(f"the model to copy from has no parameter {missing[0]}; copy between models of one config")
+
+
+def unwrap(model: torch.nn.Module) -> Any:
+    """The innermost module of DDP, Float16Module and the like.
+
+    Their hooks sit on submodules and parameters, so calling the inner model keeps them; their casts of outputs to fp32
+    are not wanted between the hidden states and the output layer.
+    """
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module  # type: ignore[assignment]
+    return model
