@@ -133,8 +133,7 @@ def test_a_step_with_split_groups_equals_plain_megatron_core(tmp_path: Path) -> 
     run_distributed(pipeline_cases.write_oracles, 1, [SPLIT.model], tmp_path, timeout_s=TIMEOUT_S)
     ((found,),) = run_distributed(model_cases, 1, tmp_path, timeout_s=TIMEOUT_S)
     assert found["prefixes"] == 3 and found["moved"] > 1e-4
-    worst = {name: value for name, value in found.items() if name not in ("packs", "prefixes", "moved")}
-    assert worst.keys() >= {"log_probs", "loss", "gradients", "parameters"}
+    worst = {name: found[name] for name in ("log_probs", "loss", "gradients", "grad_norm", "parameters")}
     assert max(worst.values()) <= MODEL_TOLERANCE[torch.float32], worst
 
 
