@@ -64,10 +64,7 @@ class PipelineBench:
         model = [random_model(config, self.dtype, settings.impl, seed, vp_stage=stage) for stage in stages]
         self.exact: BenchTrainer | None = None
         if self.dtype not in TOLERANCE:  # before the trainer: it wraps the model
-            exact = [
-                exact_model(chunk, config, settings.impl, vp_stage=stage)
-                for chunk, stage in zip(model, stages, strict=True)
-            ]
+            exact = [exact_model(chunk, config, vp_stage=stage) for chunk, stage in zip(model, stages, strict=True)]
             self.exact = BenchTrainer(exact)
         self.parameters = sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
         self.trainer = BenchTrainer(model)

@@ -119,7 +119,7 @@ def bench_split(
     dtype = DTYPES[settings.dtype]
     model = random_model(config, dtype, settings.impl, seed)
     # Before the trainer: it wraps the model.
-    exact = None if dtype in TOLERANCE else BenchTrainer(exact_model(model, config, settings.impl))
+    exact = None if dtype in TOLERANCE else BenchTrainer(exact_model(model, config))
     trainer = BenchTrainer(model)
     rollouts = random_rollouts(group, config.vocab_size, seed)
     impl = resolve_impl(settings.impl, trainer.device, dtype, config.channels)

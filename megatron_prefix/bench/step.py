@@ -156,7 +156,7 @@ def bench_step(
     report["ratios"]["flops"] = results["repeated"]["flops"] / results["grouped"]["flops"]
 
     def exact() -> dict[str, Tensor]:
-        return Step(exact_model(model, config, settings.impl), repeated).measure()[0]
+        return Step(exact_model(model, config), repeated).measure()[0]
 
     check_equal(report, differences(measured, "repeated", exact, dtype), dtype)
     note("checking against the reference")
@@ -197,8 +197,9 @@ def random_model(config: ModelConfig, dtype: torch.dtype, impl: str, seed: int, 
     return build_model(config, layer_spec=spec, dtype=dtype, seed=seed, **settings)
 
 
-def exact_model(model: torch.nn.Module, config: ModelConfig, impl: str, **settings: Any) -> torch.nn.Module:
-    """The same weights in fp32, see `random_model`."""
+def exact_model(model: torch.nn.Module, config: ModelConfig, **settings: Any) -> torch.nn.Module:
+    """The same weights in fp32, see `random_model`; on CUDA by the one fused implementation that takes fp32."""
+    impl = "flex" if next(model.parameters()).is_cuda else "auto"
     exact = random_model(config, torch.float32, impl, 0, **settings)
     values = dict(model.named_parameters())
     with torch.no_grad():

@@ -97,7 +97,7 @@ def bench_step_over_ranks(
             return {}
 
         def exact() -> dict[str, Tensor]:
-            step = Step(exact_model(model, config, settings.impl, **alone_settings), pack)
+            step = Step(exact_model(model, config, **alone_settings), pack)
             return step.measure()[0]
 
         measured = {ONE_RANK: one.results, CONTEXT_PARALLEL: all_ranks.results}
