@@ -14,10 +14,11 @@ from megatron_prefix import LossConfig, Pack, RolloutGroup
 from megatron_prefix.attention import KERNELS
 from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.attention.grouped import grouped_attention
-from megatron_prefix.attention.prefix_cache import PrefixCache
+from megatron_prefix.attention.prefix_cache import PREFIX_GRAD_DTYPES, PrefixCache
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.layout import PartLayout
 from megatron_prefix.mcore.core_attention import PrefixCoreAttention
+from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
 from megatron_prefix.mcore.stages import unwrap
 from megatron_prefix.mcore.training import PolicyTrainer
 from megatron_prefix.measure import MemoryTracker, track_memory
@@ -169,11 +170,14 @@ def test_memory_of_a_split_step() -> None:
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize("setting", PREFIX_GRAD_DTYPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gradient_sums_are_added_to_in_place(kernel: str, dtype: torch.dtype) -> None:
-    """One pair of tensors whatever the number of parts, in fp32 for bf16, and the keys are read where they lie."""
+def test_gradient_sums_are_added_to_in_place(kernel: str, setting: str, dtype: torch.dtype) -> None:
+    """One pair of tensors whatever the number of parts, in the dtype of the setting, and the keys are read where they
+    lie."""
     q, k, v, dout = inputs(6, dtype=dtype)
-    cache = PrefixCache(4)
+    cache = PrefixCache(4, setting)
+    sum_dtype = torch.promote_types(dtype, torch.float32) if setting == "fp32" else dtype
     shared = inputs(4, dtype=dtype)
     cache.export(1, shared[1], shared[2], KERNELS[kernel])
     calls = AttentionCalls.build(PartLayout([0, 4, 2], [-1, 0, 0], [4, 0, 0], [0, 0, 0]), q.device)
@@ -182,15 +186,54 @@ def test_gradient_sums_are_added_to_in_place(kernel: str, dtype: torch.dtype) ->
         leaf = q.clone().requires_grad_()
         keys = cache.keys(1)
         grouped_attention(leaf, k, v, calls, 0.3, KERNELS[kernel], keys).backward(dout)
-        assert keys.sums is not None and {x.dtype for x in keys.sums} == {torch.promote_types(dtype, torch.float32)}
+        assert keys.sums is not None and {x.dtype for x in keys.sums} == {sum_dtype}
         places.add(tuple(x.data_ptr() for x in (keys.k, keys.v, *keys.sums)))
         sizes.add(cache.num_bytes)
     assert len(places) == len(sizes) == 1
-    once, thrice = PrefixCache(4), cache.keys(1).gradients()[0]
+    once, thrice = PrefixCache(4, setting), cache.keys(1).gradients()[0]
     once.export(1, shared[1], shared[2], KERNELS[kernel])
     grouped_attention(q.requires_grad_(), k, v, calls, 0.3, KERNELS[kernel], once.keys(1)).backward(dout)
     torch.testing.assert_close(thrice, 3 * once.keys(1).gradients()[0])
     assert thrice.abs().sum() > 0
+
+
+def sums_of_a_step(rank: int, world_size: int) -> dict[str, Any]:
+    """By setting: the dtypes of the sums that the parts of a bf16 step leave, and the gradient of layer 1's QKV."""
+    start(cp=world_size)
+    found: dict[str, Any] = {}
+    for setting in PREFIX_GRAD_DTYPES:
+        trainer = trainer_of(Case(layers=2, dtype="bfloat16", cp=world_size))
+        trainer.settings = replace(trainer.settings, prefix_grad_dtype=setting)
+        packs = pack_and_split([PARTS], max_tokens_per_pack=16)
+        dtypes: set[torch.dtype] = set()
+        plain = PrefixCache.release
+
+        def release(cache: PrefixCache, layers: Any, seen: Any = dtypes, plain: Any = plain) -> None:
+            layers = list(layers)
+            seen |= {total.dtype for layer in layers for total in cache.keys(layer).gradients()}
+            plain(cache, layers)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PrefixCache, "release", release)
+            trainer.gradients(pc.inputs_of(packs))
+        (name,) = (n for n in trainer.named_gradients() if "layers.0" in n and "linear_qkv.weight" in n)
+        found[setting] = (dtypes, trainer.named_gradients()[name].clone())
+    return found
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_the_dtype_of_gradient_sums_is_a_setting(cp: int) -> None:
+    for found in run_distributed(sums_of_a_step, cp, timeout_s=TIMEOUT_S):
+        (wide, exact), (own, rounded) = found["fp32"], found["param"]
+        assert wide == {torch.float32} and own == {torch.bfloat16}
+        difference = float((exact - rounded).norm() / exact.norm())
+        assert 0 < difference < 0.02  # rounded, and otherwise the same
+
+
+def test_an_unknown_dtype_of_gradient_sums_is_refused() -> None:
+    unused: dict[str, Any] = {"forward_step_func": None, "data_iterator": None, "model": None, "num_microbatches": 1}
+    with pytest.raises(ValueError, match="prefix_grad_dtype must be one of fp32, param, got 'bf16'"):
+        forward_backward_prefix_groups(**unused, prefix_grad_dtype="bf16")
 
 
 # ---- how long keys live

@@ -78,19 +78,21 @@ class CachedKeys:
 
     Attributes:
         k, v: [C, Hkv, D] as `fit_kernel` makes them, without a graph.
-        sums: dk and dv, of the shape of k and v in fp32 (fp64 for fp64): every backward that reads the keys adds its
-            share in place. None before the first one.
+        sum_dtype: of the sums of their gradients.
+        sums: dk and dv, of the shape of k and v: every backward that reads the keys adds its share in place. None
+            before the first one.
     """
 
     k: Tensor
     v: Tensor
+    sum_dtype: torch.dtype
     sums: tuple[Tensor, Tensor] | None = None
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """The sums of gradients, 0 at first."""
         if self.sums is None:
-            wide = torch.promote_types(self.k.dtype, torch.float32)
-            self.sums = (torch.zeros_like(self.k, dtype=wide), torch.zeros_like(self.v, dtype=wide))
+            dtype = self.sum_dtype
+            self.sums = (torch.zeros_like(self.k, dtype=dtype), torch.zeros_like(self.v, dtype=dtype))
         return self.sums
 
 

@@ -19,16 +19,22 @@ from torch.autograd.function import once_differentiable
 from megatron_prefix.attention.grouped import CachedKeys, fit_kernel
 from megatron_prefix.attention.kernels import Kernel
 
+PREFIX_GRAD_DTYPES = ("fp32", "param")
+"""Settings of `PrefixCache`: fp32 (fp64 for fp64 keys), or the dtype of the keys, which is that of the parameters."""
+
 
 class PrefixCache:
     """Keys of one prefix pack on one pipeline stage, by layer number. Lives for one step.
 
     Args:
         num_rows: rows of the prefix pack.
+        grad_dtype: in which the gradients of all parts add up, one of `PREFIX_GRAD_DTYPES`. "param" takes half the
+            memory in half precision, and rounds once more for every part.
     """
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, grad_dtype: str = "fp32") -> None:
         self.num_rows = num_rows
+        self.grad_dtype = grad_dtype
         self._layers: dict[int, CachedKeys] = {}
 
     def export(self, layer: int, k: Tensor, v: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
@@ -74,7 +80,8 @@ class PrefixCache:
         if layer not in self._layers:
             _, key, value = fit_kernel(k, k.detach(), v.detach(), kernel)
             # A copy: what the layer returns may be freed, or overwritten by an in-place rotary embedding.
-            self._layers[layer] = CachedKeys(key.clone(), value.clone())
+            sums = k.dtype if self.grad_dtype == "param" else torch.promote_types(k.dtype, torch.float32)
+            self._layers[layer] = CachedKeys(key.clone(), value.clone(), sums)
 
 
 @dataclass(frozen=True)
@@ -134,5 +141,5 @@ class _ExportOnly(torch.autograd.Function):
 
 
 def _add(grad: Tensor, total: Tensor) -> Tensor:
-    """grad [C, H, D] plus the sums, which may have padding columns; added in fp32 or better."""
+    """grad [C, H, D] plus the sums, which may have padding columns; added in the wider dtype of the two."""
     return (total[..., : grad.shape[-1]] + grad).to(grad.dtype)

@@ -13,6 +13,7 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from megatron_prefix.attention import IMPLS, check_impl
+from megatron_prefix.attention.prefix_cache import PREFIX_GRAD_DTYPES
 from megatron_prefix.cli.console import start_distributed
 from megatron_prefix.cli.cp_options import Command, check_a2a, cp_options, cp_placement_option, gather
 from megatron_prefix.cli.pipeline_options import pp_option, vpp_option
@@ -274,6 +275,12 @@ def train_options(command: Command) -> Command:
         click.option("--chunk-rows", type=int, default=4096, help="Most rows whose logits exist at once."),
         cp_placement_option,
         prefix_activations_option,
+        click.option(
+            "--prefix-grad-dtype",
+            type=click.Choice(PREFIX_GRAD_DTYPES),
+            default="fp32",
+            help="Of the sums of gradients of a split group's prefix; param: that of the parameters.",
+        ),
         click.option(
             "--max-live-prefixes",
             type=click.IntRange(1),

@@ -26,7 +26,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from torch import Tensor
 
-from megatron_prefix.attention.prefix_cache import PrefixCache
+from megatron_prefix.attention.prefix_cache import PREFIX_GRAD_DTYPES, PrefixCache
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.layout import PartLayout
 from megatron_prefix.mcore.deferred import DeferredGraph, hold_back, run_later
@@ -51,6 +51,7 @@ def forward_backward_prefix_groups(
     num_microbatches: int,
     forward_only: bool = False,
     prefix_activations: str = "keep",
+    prefix_grad_dtype: str = "fp32",
     max_live_prefixes: int | None = None,
     trace: ScheduleTrace | None = None,
     pg_collection: Any = None,
@@ -68,19 +69,26 @@ def forward_backward_prefix_groups(
         prefix_activations: what becomes of a prefix's activations until its backward, beyond keys and values: "keep"
             (under the model's own recompute setting), "recompute" (the stage's input is kept, its forward runs again)
             or "offload" (to host memory).
+        prefix_grad_dtype: in which the gradients of a prefix's keys add up over its parts: "fp32" (fp64 in an fp64
+            model) or "param", the dtype of the parameters.
         max_live_prefixes: the most split groups that a pipeline stage may hold the prefixes of, see `order_jobs`: more
             of them make for smaller bubbles.
         trace: records this step.
         pg_collection: the model's process groups; None for those of megatron-core's ``parallel_state``.
 
     Raises:
-        ValueError: a part whose prefix does not stand before it, a prefix without parts, no micro-batch with responses,
-            or pipeline stages with different micro-batches (on every stage, naming the first that differs).
+        ValueError: an unknown setting, a part whose prefix does not stand before it, a prefix without parts, no
+            micro-batch with responses, or pipeline stages with different micro-batches (on every stage, naming the
+            first that differs).
         Exception: what ``forward_step_func`` raised; on all other ranks a RuntimeError that names it.
     """
     if prefix_activations not in PREFIX_ACTIVATIONS:
         raise ValueError(
             f"prefix_activations must be one of {', '.join(PREFIX_ACTIVATIONS)}, got {prefix_activations!r}"
+        )
+    if prefix_grad_dtype not in PREFIX_GRAD_DTYPES:
+        raise ValueError(
+            f"prefix_grad_dtype must be one of {', '.join(PREFIX_GRAD_DTYPES)}, got {prefix_grad_dtype!r}"
         )
     chunks = model if isinstance(model, list) else [model]
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
@@ -103,7 +111,7 @@ def forward_backward_prefix_groups(
         for number, job in enumerate(queue):
             job.number = number
     ready = [iter(queue) for queue in queues]
-    step = _Step(forward_step_func, average, prefix_activations, StepErrors())
+    step = _Step(forward_step_func, average, prefix_activations, prefix_grad_dtype, StepErrors())
     forward = step.forward
     if trace is not None:
         trace.start(chunks, [job for _, job in plan], stages)
@@ -245,13 +253,14 @@ class _Step:
     Attributes:
         forward_step_func: the caller's.
         average: makes up for micro-batches without a loss in megatron-core's mean.
-        prefix_activations: see `forward_backward_prefix_groups`.
+        prefix_activations, prefix_grad_dtype: see `forward_backward_prefix_groups`.
         errors: after the first one, the rest of the step does no work.
     """
 
     forward_step_func: Callable[..., Any]
     average: float
     prefix_activations: str
+    prefix_grad_dtype: str
     errors: StepErrors
 
     def forward(self, jobs: Iterator[_Job], model: Any, *rest: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -274,6 +283,10 @@ class _Step:
                 _cache_of(job).release(attention_layer_numbers(model))
             return output, partial(self._loss, job.number, loss_func)
         if job.kind == "A":
+            shared = job.pack.prefix
+            assert shared is not None
+            if shared.cache is None:  # another model chunk of this rank may have opened it
+                shared.cache = PrefixCache(shared.num_rows, self.prefix_grad_dtype)
             return _encode_prefix(job, model, received, self.prefix_activations, run if job.has_targets else None)
         return _later(job, received, model), _no_loss
 
@@ -290,10 +303,7 @@ def _encode_prefix(
     job: _Job, model: Any, received: Tensor | None, activations: str, run: Callable[[], Any] | None
 ) -> tuple[Tensor, Callable[..., Any]]:
     """A: the stage's output (or loss, where there are targets) without its graph, which waits for C."""
-    shared, inner = job.pack.prefix, unwrap(model)
-    assert shared is not None
-    if shared.cache is None:  # another model chunk of this rank may have opened it
-        shared.cache = PrefixCache(shared.num_rows)
+    inner = unwrap(model)
     leaf = None if received is None else received.detach().requires_grad_()
     has_loss = run is not None and inner.post_process
 

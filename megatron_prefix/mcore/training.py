@@ -39,7 +39,7 @@ class TrainSettings:
         overlap_grad_reduce: reduce gradients while backward still runs.
         temperature: of the log-probs, as in sampling.
         chunk_rows, cp_placement: see `response_log_probs`.
-        prefix_activations, max_live_prefixes: of split groups, see `forward_backward_prefix_groups`.
+        prefix_activations, prefix_grad_dtype, max_live_prefixes: of split groups, see `forward_backward_prefix_groups`.
     """
 
     learning_rate: float = 1e-6
@@ -52,6 +52,7 @@ class TrainSettings:
     chunk_rows: int = 4096
     cp_placement: str = "auto"
     prefix_activations: str = "keep"
+    prefix_grad_dtype: str = "fp32"
     max_live_prefixes: int | None = None
 
     def __post_init__(self) -> None:
@@ -222,6 +223,7 @@ class PolicyTrainer:
             seq_length=1,  # shapes come from the packs
             micro_batch_size=1,
             prefix_activations=self.settings.prefix_activations,
+            prefix_grad_dtype=self.settings.prefix_grad_dtype,
             max_live_prefixes=self.settings.max_live_prefixes,
             # A model without stages may be in a job that has some. With stages megatron-core finds the groups itself.
             pg_collection=self.groups if self.pp_group.size() == 1 else None,
