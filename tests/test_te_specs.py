@@ -17,13 +17,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    """What `tests.te_cases` found, in a new interpreter: megatron-core looks for Transformer Engine once, on import."""
+def last_line(*arguments: str) -> dict[str, Any]:
+    """What a new interpreter prints last: megatron-core looks for Transformer Engine once, on import."""
     path = os.pathsep.join([str(ROOT / "tests" / "te_stand_in"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    # not -m: the checkpoint writer's processes would import the whole program again
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "from tests.te_cases import main; main()"],
+        [sys.executable, "-W", "ignore", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
@@ -33,6 +31,19 @@ def found() -> dict[str, Any]:
     )
     assert run.returncode == 0, run.stderr[-6000:]
     return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What `tests.te_cases` found."""
+    # not -m: the checkpoint writer's processes would import the whole program again
+    return last_line("-c", "from tests.te_cases import main; main()")
+
+
+def test_verify_holds_transformer_engines_layers_to_megatron_cores_own() -> None:
+    """Their norms are inside linear layers, under other names."""
+    report = last_line("-m", "megatron_prefix", "verify", "--tiny", "--use-te", "--dtype", "fp64", "--json")
+    assert report["ok"] and report["max_grad_rel_diff"] <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["te", "te_qk"])

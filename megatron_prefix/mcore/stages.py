@@ -13,12 +13,18 @@ from megatron_prefix.collectives import all_gather_object, broadcast
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(?=\.)")
+_FUSED_NORMS = {
+    ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
+    ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm.",
+}
+"""Norms that Transformer Engine keeps in the linear layer behind them, and megatron-core's own layers before it."""
 
 
 def whole_model_parameters(model: Model) -> dict[str, Any]:
     """Every parameter of this rank's model chunks by its name in the model without stages.
 
     Layers count from the first stage on. Where embeddings are tied, a last stage's copy has the name of the original.
+    Norms inside Transformer Engine's linear layers have the names of megatron-core's own.
 
     Args:
         model: one module or the list of virtual pipeline chunks, wrapped in DDP or not.
@@ -34,6 +40,8 @@ def whole_model_parameters(model: Model) -> dict[str, Any]:
             if layer is not None:
                 number = inner.decoder.layers[int(layer[2])].layer_number - 1
                 name = f"{layer[1]}{number}{name[layer.end() :]}"
+                for fused, own in _FUSED_NORMS.items():
+                    name = name.replace(fused, own)
             if name == "output_layer.weight" and inner.share_embeddings_and_output_weights:
                 name = "embedding.word_embeddings.weight"
             found[name] = parameter
