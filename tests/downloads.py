@@ -45,7 +45,8 @@ def _download(requirement: str, folder: Path) -> str | None:
         archives = [path for path in Path(place).iterdir() if path.is_file()]
         if done.returncode or len(archives) != 1:
             errors = [line for line in done.stderr.splitlines() if line.lower().startswith("error")]
-            return errors[0] if errors else f"exit status {done.returncode}, {len(archives)} archives"
+            outcome = f"exit status {done.returncode}, {len(archives)} archives"
+            return errors[0].partition(" (from")[0] if errors else outcome
         unpacked = Path(place, "unpacked")
         _unpack(archives[0], unpacked)
         try:
