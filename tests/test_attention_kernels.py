@@ -1,25 +1,20 @@
-"""Below prefix-grouped attention: memory, the merge, the CUDA kernel's calls, and deliberate errors that must show."""
+"""Below prefix-grouped attention: memory, the merge, the choice of a kernel, and deliberate errors that must show."""
 
-import itertools
 import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_prefix import PrefixLayout, prefix_grouped_attention
-from megatron_prefix.attention import KERNELS, check_impl, flash, grouped_attention, merge, merge_attention, sdpa
+from megatron_prefix.attention import KERNELS, check_impl, grouped_attention, merge, merge_attention, sdpa
 from megatron_prefix.attention.calls import AttentionCalls
-from megatron_prefix.attention.flash import FlashKernel
 from megatron_prefix.attention.sdpa import SdpaKernel
-from tests.attention_oracle import CPU_KERNELS, DEEP, FLAT, TWO_GROUPS, assert_matches, inputs, run
-from tests.strategies import forests
+from tests.attention_oracle import CPU_KERNELS, DEEP, FLAT, assert_matches, inputs, run
 
 CPU = torch.device("cpu")
 
@@ -114,94 +109,6 @@ def test_merge_of_rows_that_see_nothing() -> None:
     for low, high in ((-3e38, 3e38), (-1e4, 1e4)):  # no overflow between far ends either
         out, lse = merge_attention(a, torch.tensor([[low]]), b, torch.tensor([[high]]))
         assert torch.equal(out, b) and lse.item() == pytest.approx(high)
-
-
-# ---- the CUDA kernel, without a GPU
-
-
-@settings(max_examples=40)
-@given(
-    layout=forests(max_segments=10),
-    heads=st.sampled_from([(4, 2), (2, 2), (6, 1)]),
-    dims=st.sampled_from([(8, 8), (64, 64), (16, 8), (8, 128), (256, 256)]),
-    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-)
-def test_flash_shapes_on_meta(
-    layout: PrefixLayout, heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype
-) -> None:
-    """The real CUDA operators check shapes and give them; a meta tensor has no values, so nothing reads one back."""
-    q, k, v, dout = (
-        torch.empty(layout.num_rows, h, d, dtype=dtype, device="meta")
-        for h, d in ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1]))
-    )
-    result = run(lambda *x: prefix_grouped_attention(*x, layout, impl="flash"), q, k, v, dout)
-    for name, like in (("out", dout), ("dq", q), ("dk", k), ("dv", v)):
-        assert (result[name].shape, result[name].dtype, result[name].device) == (like.shape, dtype, like.device), name
-
-
-def ranges_of(cu_seqlens: Tensor) -> list[slice]:
-    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.is_contiguous()
-    return [slice(*pair) for pair in itertools.pairwise(cu_seqlens.tolist())]
-
-
-def longest(cu_seqlens: Tensor) -> int:
-    return max(rows.stop - rows.start for rows in ranges_of(cu_seqlens))
-
-
-def varlen_forward(*args: Any, scale: float) -> tuple[Any, ...]:
-    """What ``aten::_flash_attention_forward`` is documented to compute, on the CPU: out [Tq, H, D], lse [H, Tq]."""
-    q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug_mask = args
-    assert all(x.is_contiguous() for x in (q, k, v))
-    assert (max_q, max_k, dropout, debug_mask) == (longest(cu_q), longest(cu_k), 0.0, False)
-    outs, lses = [], []
-    for rows, keys in zip(ranges_of(cu_q), ranges_of(cu_k), strict=True):
-        key, value = (x[keys].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        scores = torch.einsum("ihd,jhd->hij", q[rows], key) * scale
-        if causal:
-            scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf)
-        outs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), value))
-        lses.append(scores.logsumexp(-1))
-    return torch.cat(outs), torch.cat(lses, dim=1), None, None, None
-
-
-def varlen_backward(*args: Any, scale: float) -> tuple[Tensor, ...]:
-    """``aten::_flash_attention_backward``: with P = exp(scores - lse), the given lse, and D = sum(dout * out)."""
-    dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, _, _ = args
-    assert all(x.is_contiguous() for x in (dout, q, k, v, out, lse))
-    assert lse.shape == (q.shape[1], len(q)) and out.shape == dout.shape == q.shape
-    assert (max_q, max_k, dropout) == (longest(cu_q), longest(cu_k), 0.0)
-    repeat = q.shape[1] // k.shape[1]
-    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-    for rows, keys in zip(ranges_of(cu_q), ranges_of(cu_k), strict=True):
-        key, value = (x[keys].repeat_interleave(repeat, dim=1) for x in (k, v))
-        scores = torch.einsum("ihd,jhd->hij", q[rows], key) * scale
-        p = (scores - lse[:, rows].unsqueeze(-1)).exp()
-        if causal:
-            p = p.tril()
-        delta = (dout[rows] * out[rows]).sum(-1).T.unsqueeze(-1)
-        ds = p * (torch.einsum("ihd,jhd->hij", dout[rows], value) - delta) * scale
-        dq[rows] = torch.einsum("hij,jhd->ihd", ds, key)
-        for total, weights, x in ((dk, ds, q), (dv, p, dout)):
-            total[keys] = torch.einsum("hij,ihd->jhd", weights, x[rows]).unflatten(1, (-1, repeat)).sum(2)
-    return dq, dk, dv
-
-
-class FlashOnCpu(FlashKernel):
-    """The CUDA kernel's class over stand-ins for its two operators: its gathers, offsets and sums are the real ones."""
-
-    def refusal(self, *args: Any) -> str | None:
-        return None
-
-
-@pytest.mark.parametrize("layout", [FLAT, TWO_GROUPS, DEEP], ids=["flat", "two groups", "deep"])
-def test_flash_arguments_by_value(layout: PrefixLayout, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU here, so the operators are replaced by what they are documented to compute (shapes: the test above)."""
-    monkeypatch.setattr(flash, "_forward", varlen_forward)
-    monkeypatch.setattr(flash, "_backward", varlen_backward)
-    calls = AttentionCalls.build(layout, CPU)
-    for dims in ((8, 8), (8, 4)):
-        tensors = inputs(layout.num_rows, dims=dims)
-        assert_matches(lambda q, k, v: grouped_attention(q, k, v, calls, 0.3, FlashOnCpu()), layout, tensors, 0.3)
 
 
 # ---- deliberate errors: the oracle must notice each

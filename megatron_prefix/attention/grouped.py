@@ -41,8 +41,8 @@ def prefix_grouped_attention(
         v: [T, Hkv, Dv]; Dv may differ from D.
         layout: the segments of the pack.
         softmax_scale: factor of the scores, above 0; 1 / sqrt(D) when None.
-        impl: "reference" (dense, any device), "flex" (CUDA; forward on the CPU), "sdpa" (CPU), "flash" (CUDA), or
-            "auto" (by device).
+        impl: "auto" (by device), "sdpa" (CPU), "te" (Transformer Engine), "flash" (torch's own), "flash2", "flash3" or
+            "flash4" (with their packages), "flex" (CUDA; forward on the CPU), or "reference" (dense, any device).
 
     Returns:
         [T, Hq, Dv] in the dtype of q.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.attention.calls import AttentionCalls, VarlenCall
-from megatron_prefix.attention.flash import FlashKernel
+from megatron_prefix.attention.flash import AtenFlash, FlashKernel
+from megatron_prefix.attention.flash_packages import FLASH2, FLASH3, FLASH4, PackagedFlash
 from megatron_prefix.attention.flex import FlexAttention
 from megatron_prefix.attention.reference import ReferenceAttention
 from megatron_prefix.attention.sdpa import SdpaKernel
@@ -73,7 +74,14 @@ class WholeLayout(Protocol):
         """Attention over q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv] -> [T, Hq, Dv] in the dtype of q."""
 
 
-KERNELS: dict[str, Kernel] = {"sdpa": SdpaKernel(), "flash": FlashKernel(), "te": TeKernel()}
+KERNELS: dict[str, Kernel] = {
+    "sdpa": SdpaKernel(),
+    "te": TeKernel(),
+    "flash": FlashKernel(AtenFlash()),
+    "flash2": FlashKernel(PackagedFlash(FLASH2)),
+    "flash3": FlashKernel(PackagedFlash(FLASH3)),
+    "flash4": FlashKernel(PackagedFlash(FLASH4)),
+}
 WHOLE_LAYOUT: dict[str, WholeLayout] = {"reference": ReferenceAttention(), "flex": FlexAttention()}
 IMPLS = ("auto", *WHOLE_LAYOUT, *KERNELS)
 AUTO = {"cpu": ("sdpa",), "cuda": ("te", "flash")}
