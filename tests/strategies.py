@@ -6,6 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from megatron_prefix import PrefixLayout, RolloutGroup, RolloutTree, TreeNode
+from megatron_prefix.layout import PartLayout
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -28,6 +29,23 @@ def forests(draw: Draw, max_segments: int = 8, max_length: int = 5) -> PrefixLay
     parents = draw(parent_lists(max_segments))
     lengths = draw(st.lists(st.integers(0, max_length), min_size=len(parents), max_size=len(parents)))
     return PrefixLayout(lengths, parents)
+
+
+@st.composite
+def parts(draw: Draw, max_segments: int = 8, max_length: int = 5) -> PartLayout:
+    """Parts of split groups: some subtrees of a forest whose ancestors' rows are in a cache, with gaps between them."""
+    layout = draw(forests(max_segments, max_length))
+    cached: list[bool] = []
+    for parent in layout.parents:
+        cached.append((parent < 0 or cached[parent]) and draw(st.booleans()))
+    starts, end = [], 0
+    for length, away in zip(layout.lengths, cached, strict=True):
+        end += draw(st.integers(0, 2)) if away else 0
+        starts.append(end if away else 0)
+        end += length if away else 0
+    lengths = [0 if away else length for length, away in zip(layout.lengths, cached, strict=True)]
+    cached_lengths = [length if away else 0 for length, away in zip(layout.lengths, cached, strict=True)]
+    return PartLayout(lengths, layout.parents, cached_lengths, starts)
 
 
 def _tokens(vocab_size: int, max_length: int) -> st.SearchStrategy[list[int]]:

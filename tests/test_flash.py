@@ -1,7 +1,7 @@
 """Flash attention libraries without a GPU: every argument of every version, by value, and torch's on meta tensors."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_prefix import PrefixLayout, prefix_grouped_attention
 from megatron_prefix.attention import KERNELS, grouped_attention
 from megatron_prefix.attention.calls import AttentionCalls, VarlenCall
 from megatron_prefix.attention.flash import FlashKernel
 from megatron_prefix.attention.flash_packages import FLASH2, FLASH3, FLASH4, FlashPackage, PackagedFlash
+from megatron_prefix.attention.grouped import CachedKeys
+from megatron_prefix.context_parallel.attention import RingCalls
+from megatron_prefix.context_parallel.placement import PLACEMENTS
+from megatron_prefix.context_parallel.plan import CpPlan
+from megatron_prefix.layout import PartLayout
 from tests import flash_stand_ins as stand_ins
 from tests.attention_oracle import DEEP, FLAT, TWO_GROUPS, assert_matches, inputs, run
-from tests.strategies import forests
+from tests.strategies import forests, parts
 
 Pair = tuple[int, int]
 CPU, META, GPU = (torch.device(name) for name in ("cpu", "meta", "cuda"))
@@ -279,6 +285,40 @@ def test_tensors_that_no_flash_kernel_takes(impl: str) -> None:
 # ---- torch's real operators on meta tensors: shapes of every launch, and nothing read back
 
 
+class Launches(TorchDispatchMode):
+    """Rows and ranges of every launch, which must fit together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward: list[tuple[int, int, int]] = []
+        self.backward: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._flash_attention_forward.default:
+            self.forward.append(self.checked(args[:3], args[3:7]))
+            assert result[0].shape == args[0].shape and result[1].shape == (args[0].shape[1], args[0].shape[0])
+        elif func is torch.ops.aten._flash_attention_backward.default:
+            dout, *qkv, out, lse = args[:6]
+            self.backward.append(self.checked(qkv, args[6:10]))
+            assert dout.shape == out.shape == qkv[0].shape and lse.shape == (qkv[0].shape[1], qkv[0].shape[0])
+            assert [x.shape for x in result] == [x.shape for x in qkv]
+        return result
+
+    @staticmethod
+    def checked(qkv: Sequence[Tensor], ranges: Sequence[Any]) -> tuple[int, int, int]:
+        (q, k, v), (cu_q, cu_k, max_q, max_k) = qkv, ranges
+        assert k.shape == v.shape and q.shape[2] == k.shape[2] and q.shape[1] % k.shape[1] == 0
+        assert cu_q.shape == cu_k.shape and cu_q.dtype == cu_k.dtype == torch.int32 and len(cu_q) > 1
+        assert {x.device.type for x in (q, k, v, cu_q, cu_k)} == {"meta"}
+        assert 0 < max_q <= len(q) <= max_q * (len(cu_q) - 1) and 0 < max_k <= len(k) <= max_k * (len(cu_k) - 1)
+        return len(q), len(k), len(cu_q) - 1
+
+
+def planned(calls: Sequence[VarlenCall]) -> list[tuple[int, int, int]]:
+    return [(call.q.num_rows, call.kv.num_rows, len(call.q.ranges)) for call in calls if call.q.num_rows]
+
+
 def on_meta(rows: int, heads: int, dim: int) -> Tensor:
     return torch.empty(rows, heads, dim, dtype=torch.bfloat16, device=META)
 
@@ -298,6 +338,57 @@ def test_layouts_on_meta(layout: PrefixLayout, heads: Pair, dims: Pair, dtype: t
         on_meta(layout.num_rows, h, d).to(dtype)
         for h, d in ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1]))
     )
-    result = run(lambda *x: prefix_grouped_attention(*x, layout, impl="flash"), q, k, v, dout)
+    with Launches() as launches:
+        result = run(lambda *x: prefix_grouped_attention(*x, layout, impl="flash"), q, k, v, dout)
     for name, like in (("out", dout), ("dq", q), ("dk", k), ("dv", v)):
         assert (result[name].shape, result[name].dtype, result[name].device) == (like.shape, dtype, like.device), name
+    calls = AttentionCalls.build(layout, CPU)
+    assert launches.forward == launches.backward == planned([calls.own, *calls.ancestors])
+
+
+@settings(max_examples=40)
+@given(layout=parts(), heads=HEADS, dims=st.sampled_from([(8, 8), (16, 8), (8, 24)]))
+def test_parts_of_split_groups_on_meta(layout: PartLayout, heads: Pair, dims: Pair) -> None:
+    """Keys in a cache: their gradients are added to the cache's sums, in fp32."""
+    wide, rows = max(dims), layout.num_cached_rows + 3
+    cached = CachedKeys(on_meta(rows, heads[1], wide), on_meta(rows, heads[1], wide))
+    shapes = ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1]))
+    q, k, v, dout = (on_meta(layout.num_rows, *shape) for shape in shapes)
+    calls = AttentionCalls.build(layout, META)
+    with Launches() as launches:
+        result = run(lambda *x: grouped_attention(*x, calls, 0.3, KERNELS["flash"], cached), q, k, v, dout)
+    for name, like in (("out", dout), ("dq", q), ("dk", k), ("dv", v)):
+        assert (result[name].shape, result[name].dtype) == (like.shape, like.dtype), name
+    assert launches.forward == launches.backward == planned([calls.own, *calls.ancestors, *calls.cached])
+    assert [(x.shape, x.dtype) for x in cached.gradients()] == [((rows, heads[1], wide), torch.float32)] * 2
+
+
+@settings(max_examples=40)
+@given(
+    layout=st.one_of(forests(max_segments=10, max_length=12), parts()),
+    cp_size=st.integers(1, 4),
+    placement=st.sampled_from(PLACEMENTS),
+)
+def test_context_parallel_calls_on_meta(layout: PrefixLayout, cp_size: int, placement: str) -> None:
+    """Every call of every rank, with keys of its own rows, of its cache and of what other ranks send it."""
+    plan = CpPlan.build(layout, cp_size, placement)
+    kernel = KERNELS["flash"]
+    for rank in range(cp_size):
+        ring = RingCalls.build(plan, rank, META)
+        own = ring.own.layout
+        num_cached = own.num_cached_rows if isinstance(own, PartLayout) else 0
+        keys = [(own.num_rows, (ring.own.own, *ring.own.ancestors)), (num_cached, ring.own.cached)]
+        keys += [(step.num_received, step.calls) for step in ring.steps]
+        q, dout = on_meta(own.num_rows, 4, 8), on_meta(own.num_rows, 4, 8)
+        lse = torch.empty(own.num_rows, 4, device=META)
+        for num_keys, calls in keys:
+            k, v = torch.empty(num_keys, 2, 16, dtype=torch.bfloat16, device=META).split(8, dim=-1)
+            grads = tuple(torch.zeros(x.shape, device=META) for x in (q, k, v))
+            for call in calls:
+                if not call.q.num_rows:
+                    continue
+                with Launches() as launches:
+                    out, part = kernel.forward(q, k, v, call, 0.3)
+                    kernel.backward(grads, dout, (q, k, v), dout, lse, call, 0.3)  # type: ignore[arg-type]
+                assert out.shape == (call.q.num_rows, 4, 8) and part.shape == out.shape[:2]
+                assert launches.forward == launches.backward == planned([call])
