@@ -26,7 +26,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-PACKAGES = ("torch", "megatron-core", "megatron-prefix", "transformer-engine", "prefix-grouper")
+PACKAGES = (
+    *("torch", "triton", "megatron-core", "megatron-prefix", "transformer-engine", "transformer-engine-torch"),
+    *("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "prefix-grouper"),
+)
 """Distributions whose versions belong to a measurement."""
 
 
@@ -279,8 +282,8 @@ def track_saved_tensors() -> Iterator[SavedBytes]:
 def machine_info() -> dict[str, Any]:
     """The machine and the versions that a measurement was taken with; JSON values.
 
-    Keys: cpu, cores (usable by this process), threads (of torch), ram_bytes, gpus (names), platform, python, versions
-    (of `PACKAGES`, those installed).
+    Keys: cpu, cores (usable by this process), threads (of torch), ram_bytes, gpus (names), cuda (see `cuda_info`),
+    platform, python, versions (of `PACKAGES`, those installed).
     """
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -290,10 +293,36 @@ def machine_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": gpus,
+        "cuda": cuda_info(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := package_version(name)) is not None},
     }
+
+
+def cuda_info() -> dict[str, Any] | None:
+    """The GPUs and what drives them; None where torch sees none. JSON values.
+
+    Keys: runtime (CUDA that torch was built for), driver (None where nvidia-smi does not say), cudnn (as a number, None
+    without), devices: name, capability ("9.0") and memory_bytes of each.
+    """
+    if not torch.cuda.is_available():
+        return None
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "runtime": torch.version.cuda,
+        "driver": _driver_version(),
+        "cudnn": torch.backends.cudnn.version(),
+        "devices": [
+            {"name": each.name, "capability": f"{each.major}.{each.minor}", "memory_bytes": each.total_memory}
+            for each in devices
+        ],
+    }
+
+
+def _driver_version() -> str | None:
+    found = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return found.splitlines()[0].strip() if found else None
 
 
 def package_version(distribution: str) -> str | None:
@@ -319,8 +348,13 @@ def git_commit(directory: Path | None = None) -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
+    return _output(["git", "-C", str(root), *arguments])
+
+
+def _output(command: list[str]) -> str | None:
+    """What a program prints; None where it is not installed, fails or hangs."""
     try:
-        run = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout if run.returncode == 0 else None

@@ -40,6 +40,7 @@ from megatron_prefix.mcore.checkpoint import (
 )
 from megatron_prefix.mcore.compare import StepComparison, compare_step
 from megatron_prefix.mcore.core_attention import attention_layers
+from megatron_prefix.mcore.fused import describe_implementations
 from megatron_prefix.mcore.parallel import destroy
 from megatron_prefix.mcore.repeated import repeated_log_probs
 from megatron_prefix.mcore.step_plan import plan_step
@@ -150,6 +151,7 @@ def train_command(
         load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
     console = stderr_console()
     console.print(_banner(config, flags, sizes, len(groups), first, steps))
+    console.print(describe_implementations(trainer.optimizer, trainer.chunks), markup=False)
     if num_parts:
         console.print(
             f"{len(num_parts)} of {len(groups)} groups are split, into {sum(num_parts)} parts; their prefixes run once"
