@@ -1,7 +1,7 @@
 """Which `apex` is installed: NVIDIA's, whose fused kernels megatron-core uses where it finds them, or another project.
 
-NVIDIA's apex is built from source (github.com/NVIDIA/apex). PyPI's package of that name is a toolkit for the Pyramid web
-framework. They are told apart by their files; neither is imported.
+NVIDIA's apex is built from source (github.com/NVIDIA/apex). PyPI's package of that name is a toolkit for the Pyramid
+web framework. They are told apart by their files; neither is imported.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def find_apex() -> Apex:
         return Apex(
             "another project",
             version,
-            f"the package `apex` {shown} that is installed is not NVIDIA's: it has no apex.optimizers (PyPI's apex is a "
-            "toolkit for the Pyramid web framework). Where `import apex` works, megatron-core's local layers take it for "
-            "NVIDIA's and then refuse LayerNorm; remove it with `pip uninstall apex`",
+            f"the package `apex` {shown} that is installed is not NVIDIA's: it has no apex.optimizers (PyPI's apex is "
+            "a toolkit for the Pyramid web framework). Where `import apex` works, megatron-core's local layers take it "
+            "for NVIDIA's and then refuse LayerNorm; remove it with `pip uninstall apex`",
         )
     if find_spec("amp_C") is None:
         return Apex(

@@ -1,4 +1,4 @@
-"""NVIDIA's apex and the other package of that name, told apart by their files, and what a run says about its kernels."""
+"""NVIDIA's apex and the other package of that name, told apart by their files; whose kernels a run says it uses."""
 
 import subprocess
 import sys

@@ -65,7 +65,7 @@ class AttentionSizes:
 
 
 @dataclass(frozen=True)
-class _Path:
+class AttentionPath:
     """One way to compute the attention, on its own rows.
 
     Attributes:
@@ -102,9 +102,8 @@ class _Path:
             grads = torch.autograd.grad(out, (q, k, v), dout)
         sums = [self._to_group(x) for x in (out.detach(), *grads)]
         if self.copy_of is not None:
-            sums[0] /= torch.bincount(self.copy_of)[
-                :, None, None
-            ]  # outputs of copies are equal, their gradients add up
+            # Outputs of copies are equal, their gradients add up.
+            sums[0] /= torch.bincount(self.copy_of)[:, None, None]
         results = dict(zip(("out", "dq", "dk", "dv"), sums, strict=True))
         return results, {"saved_bytes": saved.num_bytes, "peak_bytes": memory.peak_bytes}
 
@@ -146,7 +145,7 @@ def bench_attention(
     impl = resolve_impl(sizes.impl, device, DTYPES[sizes.dtype], sizes.head_dim)
     report = new_report("attention", asdict(group) | asdict(sizes) | {"impl": impl, "repeats": repeats}, seed)
     inputs = random_inputs(group, sizes, seed, device)
-    paths = _paths(group, inputs, impl)
+    paths = attention_paths(group, inputs, impl) | _peer_paths(group, inputs)
     repeated = group.layout().repeated()
     report["bound"] = {"name": "alpha", "value": group.alpha, "rho": group.rho}
     report["ratios"] = ratios(group.layout(), repeated)
@@ -160,7 +159,7 @@ def bench_attention(
         flops = FLOPS_PER_PAIR * path.area * sizes.heads * sizes.head_dim
         results[name] = {"rows": rows, "area": path.area, "flops": flops, **memory}
         note(f"checking {name}")
-    reference = _reference(group, inputs)
+    reference = repeated_reference(group, inputs)
     note("checking against the reference")
     for name, tensors in measured.items():
         differences[name] = {x: relative_difference(tensors[x], reference[x]) for x in reference}
@@ -185,15 +184,23 @@ def num_runs(repeats: int, device: torch.device | str = "cpu") -> int:
 
 
 def random_inputs(group: GroupSizes, sizes: AttentionSizes, seed: int, device: torch.device) -> tuple[Tensor, ...]:
-    """q, k, v and the gradient of the output, in rows of the group."""
-    generator = torch.Generator().manual_seed(seed)
+    """q, k, v and the gradient of the output, in rows of the group; drawn on the device, so each kind has its own."""
+    generator = torch.Generator(device).manual_seed(seed)
     rows = group.layout().num_rows
     heads = (sizes.heads, sizes.kv_heads, sizes.kv_heads, sizes.heads)
-    made = (torch.randn(rows, n, sizes.head_dim, generator=generator) for n in heads)
-    return tuple(x.to(device, DTYPES[sizes.dtype]) for x in made)
+    made = (torch.randn(rows, n, sizes.head_dim, generator=generator, device=device) for n in heads)
+    return tuple(x.to(DTYPES[sizes.dtype]) for x in made)
 
 
-def _paths(group: GroupSizes, inputs: tuple[Tensor, ...], impl: str) -> dict[str, _Path]:
+def attention_paths(group: GroupSizes, inputs: tuple[Tensor, ...], impl: str) -> dict[str, AttentionPath]:
+    """The attention of `random_inputs` with repeated prefixes ("repeated") and with a shared one ("grouped").
+
+    Args:
+        impl: a resolved implementation; both ways run it.
+
+    Raises:
+        ValueError: tensors that it cannot take.
+    """
     q, k, v, dout = inputs
     layout, index = group.layout(), group.repeated_rows().to(q.device)
     # Every copy of a prefix row gets its share of the row's gradient, so the copies' gradients add up to the group's.
@@ -204,19 +211,25 @@ def _paths(group: GroupSizes, inputs: tuple[Tensor, ...], impl: str) -> dict[str
         return lambda q, k, v: layout_attention(q, k, v, calls, q.shape[-1] ** -0.5, impl)
 
     repeated = layout.repeated()
-    paths = {
-        "repeated": _Path((q[index], k[index], v[index], shares), own(repeated), repeated.area, index),
-        "grouped": _Path((q, k, v, dout), own(layout), layout.area),
+    return {
+        "repeated": AttentionPath((q[index], k[index], v[index], shares), own(repeated), repeated.area, index),
+        "grouped": AttentionPath((q, k, v, dout), own(layout), layout.area),
     }
-    if prefix_grouper_status(q.device) == "compared":
-        for name, tuned in PEERS.items():
-            attend = prefix_grouper_attention(group, q.dtype, tuned=tuned)
-            paths[name] = _Path((q, k, v, dout), attend, prefix_grouper_area(group, tuned=tuned))
+
+
+def _peer_paths(group: GroupSizes, inputs: tuple[Tensor, ...]) -> dict[str, AttentionPath]:
+    q, k, v, dout = inputs
+    if prefix_grouper_status(q.device) != "compared":
+        return {}
+    paths = {}
+    for name, tuned in PEERS.items():
+        attend = prefix_grouper_attention(group, q.dtype, tuned=tuned)
+        paths[name] = AttentionPath((q, k, v, dout), attend, prefix_grouper_area(group, tuned=tuned))
     return paths
 
 
-def _reference(group: GroupSizes, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """out, dq, dk and dv by torch's causal attention over one repeated sequence at a time."""
+def repeated_reference(group: GroupSizes, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """out, dq, dk and dv by torch's causal attention over one repeated sequence at a time, fp64 (fp32 for halves)."""
     wide = torch.float64 if inputs[0].dtype in TOLERANCE else torch.float32
     q, k, v = (x.to(wide).requires_grad_() for x in inputs[:3])
     dout = inputs[3].to(wide)

@@ -197,8 +197,29 @@ def context_parallel_attention(
         k, v = split.export(k, v, kernel)
     cached = split.keys() if split is not None and split.reads else None
     ring = Ring(share.ring(size), outer, comm_type == "all_gather", share.traffic)
-    out = _RingAttention.apply(q.contiguous(), k, v, ring, softmax_scale, kernel, cached)
+    out = ring_attention(q, k, v, ring, softmax_scale, kernel, cached)
     return (out if swap is None else swap.to_rows(out))[..., :width]
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: Ring,
+    softmax_scale: float,
+    kernel: Kernel,
+    cached: CachedKeys | None = None,
+) -> Tensor:
+    """Attention of one rank's rows to its own keys and to those that ``ring`` brings, differentiable.
+
+    Args:
+        q, k, v: this rank's rows, as `fit_kernel` makes them.
+        cached: keys that ``ring.calls.own.cached`` reads; their gradients are added to it, not returned.
+
+    Returns:
+        [T_r, Hq, Dv] of the v given.
+    """
+    return _RingAttention.apply(q.contiguous(), k, v, ring, softmax_scale, kernel, cached)
 
 
 class HeadSwap:
