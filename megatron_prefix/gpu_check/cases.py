@@ -58,7 +58,7 @@ class Inputs(NamedTuple):
 
     def exact(self) -> Inputs:
         """The same numbers in fp64."""
-        return Inputs(*(x.double() for x in self[:4]), self.scale)  # type: ignore[arg-type]
+        return Inputs(self.q.double(), self.k.double(), self.v.double(), self.dout.double(), self.scale)
 
 
 def layouts(*, quick: bool) -> dict[str, PrefixLayout]:

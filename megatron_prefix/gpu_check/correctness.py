@@ -1,4 +1,4 @@
-"""Every implementation against the fp64 oracle: whole, over emulated ranks, in parts; and whether it is deterministic."""
+"""Every implementation against the fp64 oracle: whole, over emulated ranks, in parts; and its determinism."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ SPLIT_LAYOUT = PrefixLayout([200, 60, 70, 1, 129], [-1, 0, 1, 1, 0])
 
 
 def in_parts(inputs: Inputs, layout: PrefixLayout, kernel: Kernel) -> Results:
-    """Output and gradients of a tree like `SPLIT_LAYOUT`: its first two segments in a cache, the others in two parts."""
+    """Output and gradients of a tree like `SPLIT_LAYOUT`: two segments in a cache, the others in two parts."""
     starts = layout.starts
     first, turn, *_ = layout.lengths
     device, cached = inputs.q.device, starts[2]

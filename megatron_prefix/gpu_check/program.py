@@ -74,11 +74,16 @@ def run_all(settings: Settings, output: Output) -> Report:
         ValueError: it cannot run here; says what is missing.
     """
     check_can_run(settings.device)
+    if settings.out.suffix != ".json":
+        raise ValueError(f"--out {settings.out} must end in .json: the picture stands beside it")
     quick = settings.quick or settings.device == "cpu"
     device = torch.device(settings.device)
     report = Report(describe(settings.device, quick=quick), output, settings.out, settings.seconds)
     output.line("== environment\n" + "\n".join(environment_lines(report.head)))
-    report.write()
+    try:
+        report.write()
+    except OSError as error:
+        raise ValueError(f"--out {settings.out} cannot be written ({error.strerror}); name another file") from error
     precision = torch.get_float32_matmul_precision()
     # Some containers let fp32 products run in TF32, which no fp32 limit would survive.
     torch.set_float32_matmul_precision("highest")

@@ -24,8 +24,8 @@ LAUNCH_ERRORS = (RuntimeError, ImportError, ValueError, TypeError, AttributeErro
 compiler's are RuntimeErrors, and Transformer Engine asserts."""
 
 SHARE = 0.2
-"""Of the time, what one implementation may take before speeds are measured: one that compiles for minutes must leave the
-others and the speeds their time."""
+"""Of the time, what one implementation may take before speeds are measured: one that compiles for minutes must leave
+the others, and the speeds, their time."""
 
 
 class Output(Protocol):
@@ -81,7 +81,7 @@ class Report:
     def __init__(self, head: dict[str, Any], output: Output, path: Path, seconds: float) -> None:
         self.head, self.output, self.path, self.seconds = head, output, path, seconds
         self.started = time.monotonic()
-        self.spent: Counter[str] = Counter()
+        self.spent: dict[str, float] = {}
         self.records: list[Record] = []
         self.speed: dict[str, Any] = {}
         self.finished = False
@@ -101,9 +101,9 @@ class Report:
         """Whether all stages ran, something was right, and nothing failed."""
         return self.finished and self.counts["ok"] > 0 and not self.failures
 
-    def has_failed(self, impl: str) -> bool:
-        """Whether anything about an implementation failed."""
-        return any(record.impl == impl for record in self.failures)
+    def is_wrong(self, impl: str) -> bool:
+        """Whether an implementation failed a check before its speed."""
+        return any(record.impl == impl and record.stage != "speed" for record in self.failures)
 
     def add(self, record: Record) -> None:
         """Keep and show a record; a refusal or skip for one reason is shown once per implementation."""
@@ -136,13 +136,13 @@ class Report:
             self._see_device(f"{impl}, {what}")
             return
         finally:
-            self.spent[impl] += time.monotonic() - started  # type: ignore[assignment]
+            self.spent[impl] = self.spent.get(impl, 0.0) + time.monotonic() - started
         self.add(record)
 
     def _no_time(self, stage: str, impl: str) -> str | None:
         if time.monotonic() - self.started > self.seconds:
             return f"the {self.seconds:.0f} s are over; give more --seconds"
-        if stage != "speed" and self.spent[impl] > SHARE * self.seconds:
+        if stage != "speed" and self.spent.get(impl, 0.0) > SHARE * self.seconds:
             return f"{impl} has had its {SHARE:.0%} of {self.seconds:.0f} s; give more --seconds"
         return None
 
@@ -183,10 +183,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
+        "  ".join([line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, len(widths)))])
         for line in lines
     )
 

@@ -6,6 +6,7 @@ size with each other; an implementation for which anything failed gets no number
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -75,7 +76,7 @@ def _measure(
     why_not = refusal(impl, device, DTYPE, (sizes.head_dim, sizes.head_dim))
     if why_not:
         return Record("speed", impl, what, "refused", why_not)
-    if report.has_failed(impl):
+    if report.is_wrong(impl):
         return Record("speed", impl, what, "skipped", "no speed-up is reported for what has failed a check above")
     sizes = replace(sizes, impl=impl)
     try:
@@ -89,8 +90,11 @@ def _measure(
     seconds, peak = row["seconds"], report.speed["matmul_tflops"]
     rates = {name: row["flops"][name] / seconds[name] / 1e12 for name in seconds}
     row |= {
-        **{"impl": impl, "tflops": rates, "of_peak": {name: rate / peak for name, rate in rates.items()}},
-        **{"differences": differences, "over_alpha": row["speed_up"] / group.alpha},
+        "impl": impl,
+        "tflops": rates,
+        "of_peak": {name: rate / peak for name, rate in rates.items()},
+        "differences": differences,
+        "over_alpha": row["speed_up"] / group.alpha,
     }
     report.speed["rows"].append(row)
     note = (
@@ -130,12 +134,14 @@ def time_paths(group: GroupSizes, sizes: AttentionSizes, device: torch.device) -
     for name, path in paths.items():
         results[name], memory = path.measure()
         peaks[name] = memory["peak_bytes"]
-    difference = max(_worst_first(results["grouped"], results["repeated"]))
+    difference = _worst_difference(results["grouped"], results["repeated"])
     del results
     times = interleaved_times({name: path.time for name, path in paths.items()}, repeats=REPEATS, warmup=1)
     return {
         **asdict(group),
-        **{"alpha": group.alpha, "rho": group.rho, "difference": difference},
+        "alpha": group.alpha,
+        "rho": group.rho,
+        "difference": difference,
         "seconds": {name: taken["total"].median for name, taken in times.items()},
         "phases": {name: {phase: each.as_dict() for phase, each in taken.items()} for name, taken in times.items()},
         "flops": {name: _flops(path, sizes) for name, path in paths.items()},
@@ -145,9 +151,9 @@ def time_paths(group: GroupSizes, sizes: AttentionSizes, device: torch.device) -
     }
 
 
-def _worst_first(grouped: dict[str, Tensor], repeated: dict[str, Tensor]) -> list[float]:
+def _worst_difference(grouped: dict[str, Tensor], repeated: dict[str, Tensor]) -> float:
     found = [relative_difference(grouped[name], repeated[name]) for name in grouped]
-    return found if all(value == value for value in found) else [float("inf")]
+    return math.inf if any(math.isnan(value) for value in found) else max(found)
 
 
 def _flops(path: AttentionPath, sizes: AttentionSizes) -> int:
@@ -180,8 +186,8 @@ def free_bytes(device: torch.device) -> int:
 
 def smaller(group: GroupSizes) -> GroupSizes:
     """The group with segments so short that torch's attention in fp32 fits beside it."""
-    lengths = (max(1, n // CHECK_SHRINK) for n in (group.prefix_len, group.response_len))
-    return GroupSizes(*lengths, min(group.group_size, 8))
+    prefix, response = (max(1, n // CHECK_SHRINK) for n in (group.prefix_len, group.response_len))
+    return GroupSizes(prefix, response, min(group.group_size, 8))
 
 
 def _free(device: torch.device) -> None:
