@@ -111,6 +111,11 @@ class Raises(SdpaKernel):
         return super().forward(q, k, v, call, softmax_scale)
 
 
+class CannotLoad(SdpaKernel):
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int) -> str | None:
+        raise OSError("libkernel.so: cannot open shared object file")
+
+
 class Noisy(SdpaKernel):
     """Other numbers every time, within the limits."""
 
@@ -149,6 +154,14 @@ def test_an_unexpected_error_does_not_stop_the_rest(
         assert "and more of it" in each["trace"] and "in forward" in each["trace"]
     assert {each["impl"] for each in found["records"] if each["status"] == "ok"} >= {"reference", "oracle"}
     assert "FAILED   correctness: sdpa bf16, 8 heads" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small")
+def test_a_library_that_cannot_be_loaded_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, "sdpa", CannotLoad())
+    code, found = check(tmp_path, monkeypatch=monkeypatch)
+    assert code == 1 and {each["stage"] for each in found["records"] if each["impl"] == "sdpa"} == STAGES
+    assert all("libkernel.so" in each["note"] for each in found["records"] if each["status"] == "failed")
 
 
 @pytest.mark.usefixtures("small")

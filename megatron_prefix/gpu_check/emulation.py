@@ -17,6 +17,7 @@ from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.attention.grouped import fit_kernel
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.attention.prefix_cache import PrefixCache
+from megatron_prefix.collectives import Pending
 from megatron_prefix.context_parallel.attention import (
     GradientsInFlight,
     KeysInFlight,
@@ -47,10 +48,10 @@ class _Ranks:
 
 
 class _LocalRing(Ring):
-    """The ring as one of the ranks sees it."""
+    """The ring as one of the ranks sees it: all keys are there at once."""
 
     def __init__(self, ranks: _Ranks, rank: int) -> None:
-        super().__init__(ranks.calls[rank], None, False, None)
+        super().__init__(ranks.calls[rank], None, at_once=True, traffic=None)
         self.ranks, self.rank = ranks, rank
 
     def keys(self, k: Tensor, v: Tensor) -> KeysInFlight:
@@ -66,13 +67,11 @@ class _LocalRing(Ring):
 
 class _LocalKeys(KeysInFlight):
     def __init__(self, ring: _LocalRing) -> None:
-        self.local = ring
-
-    def wait(self, i: int, width: int) -> tuple[Tensor, Tensor]:
-        source = self.local.calls.steps[i].src
-        kv, sent = self.local.ranks.kv[source], self.local.sent_by(source).sent
-        kv = sent.take(kv).contiguous() if sent else kv[:0]
-        return kv[..., :width], kv[..., width:]
+        self.ring, self.pending = ring, {}
+        for step in ring.calls.steps:
+            kv, sent = ring.ranks.kv[step.src], ring.sent_by(step.src).sent
+            kv = sent.take(kv).contiguous() if sent else kv[:0]
+            self.pending[step.src] = Pending(kv, kv, [])
 
 
 class _LocalGradients(GradientsInFlight):

@@ -19,7 +19,7 @@ from megatron_prefix.gpu_check.correctness import (
     check_split_groups,
 )
 from megatron_prefix.gpu_check.environment import check_can_run, describe, environment_lines
-from megatron_prefix.gpu_check.report import DeviceLostError, Output, Report, text_table
+from megatron_prefix.gpu_check.report import DeviceLostError, Output, Record, Report, text_table
 from megatron_prefix.gpu_check.speed import measure_speed
 
 Stage = Callable[..., None]
@@ -108,11 +108,20 @@ def _conclude(report: Report) -> None:
     if report.speed.get("rows"):
         output.table(*speed_table(report.speed))
         output.line(_draw_or_say_how(report))
-    for record in report.failures:
-        output.line(f"FAILED   {record.stage}: {record.impl} {record.what}: {record.note}")
+    for (stage, impl), failures in _by_stage(report.failures).items():
+        first = failures[0]
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        output.line(f"FAILED   {stage}: {impl} {first.what}: {first.note}{more}")
     counts = ", ".join(f"{count} {status}" for status, count in sorted(report.counts.items()))
     verdict = "all that ran is right" if report.ok else "NOT ALL RIGHT"
     output.line(f"{counts}, {report.as_dict()['seconds']:.0f} s: {verdict}; {report.path}")
+
+
+def _by_stage(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        found.setdefault((record.stage, record.impl), []).append(record)
+    return found
 
 
 def speed_table(speed: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:

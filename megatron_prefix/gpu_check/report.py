@@ -19,9 +19,12 @@ from typing import Any, Protocol
 
 import torch
 
-LAUNCH_ERRORS = (RuntimeError, ImportError, ValueError, TypeError, AttributeError, AssertionError, LookupError)
-"""What a kernel library may raise when it is launched in a way that it does not take; torch's out-of-memory error and a
-compiler's are RuntimeErrors, and Transformer Engine asserts."""
+LAUNCH_ERRORS = (
+    *(RuntimeError, ImportError, OSError, ValueError, TypeError),
+    *(AttributeError, AssertionError, LookupError, ArithmeticError),
+)
+"""What a kernel library may raise when it is loaded, or launched in a way that it does not take: torch's out-of-memory
+error and a compiler's are RuntimeErrors, Transformer Engine asserts, a missing library is an OSError."""
 
 SHARE = 0.2
 """Of the time, what one implementation may take before speeds are measured: one that compiles for minutes must leave
