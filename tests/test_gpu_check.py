@@ -39,6 +39,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Completed
     hidden = "\n".join(f"sys.modules[{name!r}] = None" for name in NOT_THERE)
     code = f"import runpy, sys\n{hidden}\nrunpy.run_module('megatron_prefix.gpu_check', run_name='__main__')"
     command = [sys.executable, "-W", "ignore", "-c", code, "--device", "cpu", "--quick", "--out", str(path)]
+    command += ["--seconds", "3600"]  # a busy machine skips nothing
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300), path
 
 
