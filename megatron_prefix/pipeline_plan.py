@@ -1,11 +1,10 @@
 """What a pipeline will do with a step: who works when, how much time is lost, and how many prefixes are held.
 
-Plain Python on lengths. The order of forwards and backwards on every stage is that of megatron-core's schedules (1F1B,
-and interleaved with virtual stages); when each starts follows from what it waits for. Communication takes no time here.
+Plain Python on lengths. The order of forwards and backwards on every stage is that of megatron-core's schedules (see
+`pipeline_schedule`); when each starts follows from what it waits for. Communication takes no time here.
 
-A prefix of a split group is two micro-batches: A has its forward and no backward, C its backward and no forward. One
-after the other, such halves leave the other stages waiting; several A together, and several C together, do not
-(`order_jobs`), which holds more prefixes at once.
+A prefix of a split group is two micro-batches: A has its forward and no backward, C its backward and no forward
+(`pipeline_order` says how such halves are arranged).
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
-from typing import Any
 
 from megatron_prefix.packing import Pack
+from megatron_prefix.pipeline_schedule import Schedule, most_at_once
 
 BACKWARD_WORK = 2.0
 """Backward work per forward work: a gradient of the input and one of the weights for each product."""
@@ -80,11 +78,13 @@ class PipelineRun:
         num_stages: of the pipeline.
         jobs: the micro-batches, in the order that megatron-core counts them.
         spans: by stage, in order of their start.
+        chunk_group: see `num_idle_jobs`.
     """
 
     num_stages: int
     jobs: tuple[PipelineJob, ...]
     spans: tuple[JobSpan, ...]
+    chunk_group: int | None = None
 
     @property
     def total(self) -> float:
@@ -110,12 +110,14 @@ class PipelineRun:
         or, in a step without backward, to the last part."""
         most = 0
         for stage in range(self.num_stages):
-            held: dict[int, tuple[int, int]] = {}
+            first: dict[int, int] = {}
+            last: dict[int, int] = {}
             for at, span in enumerate(self.on_stage(stage)):
                 prefix = self.jobs[span.number].prefix
                 if prefix is not None:
-                    held[prefix] = (held.get(prefix, (at, at))[0], at)
-            most = max([most, *(sum(a <= at <= b for a, b in held.values()) for at, _ in held.values())])
+                    first.setdefault(prefix, at)
+                    last[prefix] = at
+            most = max(most, most_at_once(first.values(), last.values()))
         return most
 
     def on_stage(self, stage: int) -> list[JobSpan]:
@@ -139,7 +141,8 @@ class PipelineRun:
     @property
     def even_bubble(self) -> float:
         """The bubble that megatron-core's schedule has with as many micro-batches of equal work."""
-        return even_bubble(self.num_microbatches, self.num_stages, self.num_chunks)
+        chunks = self.num_chunks if self.num_chunks > 1 else None
+        return even_bubble(self.num_microbatches, self.num_stages, chunks, self.chunk_group)
 
     def describe(self) -> str:
         """One line: "pipeline 4 stages, 17 micro-batches (3 groups in 13 parts), bubble 0.16 (even micro-batches:
@@ -156,11 +159,10 @@ class PipelineRun:
 
     def replayed(self, seconds: Callable[[JobSpan], float]) -> PipelineRun:
         """The same order on every stage, everything as long as ``seconds`` says and as early as it can start."""
-        spans = {(s.stage, s.chunk, s.number, s.backward): s for s in self.spans}
-        orders = [self.order(stage) for stage in range(self.num_stages)]
-        times = _play(orders, lambda stage, op: seconds(spans[stage, *op]))
-        found = [replace(spans[at], start=start, end=end) for at, (start, end) in times.items()]
-        return replace(self, spans=tuple(sorted(found, key=lambda span: span.stage)))
+        spans = {(s.stage, (s.chunk, s.number, s.backward)): s for s in self.spans}
+        schedule = Schedule([self.order(stage) for stage in range(self.num_stages)])
+        ordered = [spans[op] for op in schedule.ops]
+        return replace(self, spans=_played(schedule, ordered, [seconds(span) for span in ordered]))
 
 
 def pipeline_jobs(packs: Iterable[Pack], *, pair_cost: float = 0.0, forward_only: bool = False) -> list[PipelineJob]:
@@ -242,156 +244,41 @@ def plan_pipeline(
         num_chunks = None
     idle = num_idle_jobs(len(jobs), num_stages, num_chunks, chunk_group)
     all_jobs = (*jobs, *[PipelineJob("idle", 0.0)] * idle)
-    if num_chunks is None:
-        orders = [_one_f_one_b(len(all_jobs), num_stages - s - 1, forward_only) for s in range(num_stages)]
-    else:
-        group = chunk_group or num_stages
-        orders = [
-            _interleaved(len(all_jobs), num_stages - s - 1, num_chunks, group, forward_only) for s in range(num_stages)
-        ]
+    schedule = Schedule.of_megatron(len(all_jobs), num_stages, num_chunks, chunk_group, forward_only)
     share = num_chunks or 1
     work = [(job.forward / share, job.backward / share) for job in all_jobs]
-    times = _play(orders, lambda stage, op: work[op[1]][op[2]])
-    spans = tuple(
-        JobSpan(stage, op[0], op[1], all_jobs[op[1]].kind, op[2], *times[stage, *op])
-        for stage, order in enumerate(orders)
-        for op in order
-    )
-    return PipelineRun(num_stages, all_jobs, spans)
+    spans = [
+        JobSpan(stage, chunk, number, all_jobs[number].kind, backward)
+        for stage, (chunk, number, backward) in schedule.ops
+    ]
+    timed = _played(schedule, spans, [work[span.number][span.backward] for span in spans])
+    return PipelineRun(num_stages, all_jobs, timed, chunk_group)
 
 
-def order_jobs(
-    jobs: Sequence[PipelineJob],
-    num_stages: int,
-    *,
-    num_chunks: int | None = None,
-    chunk_group: int | None = None,
-    max_live_prefixes: int | None = None,
-) -> list[int]:
-    """The order of ``jobs`` with the smallest modelled bubble among a few simple ones, as indices into ``jobs``.
+def _played(schedule: Schedule, spans: Sequence[JobSpan], seconds: Sequence[float]) -> tuple[JobSpan, ...]:
+    """The spans of ``schedule.ops`` with their times, by stage."""
+    timed = [
+        replace(span, start=end - taken, end=end)
+        for span, taken, end in zip(spans, seconds, schedule.play(seconds), strict=True)
+    ]
+    return tuple(sorted(timed, key=lambda span: span.stage))
 
-    All have waves of split groups: the A of a wave, its parts, its C. Waves have 1 group, 2, 4, ..., or all; the next
-    wave's A may come before the C; groups that fit come last or before the last C. Groups, their parts, and the packs
-    of groups that fit keep their order. Every stage finds the same answer.
+
+def even_bubble(
+    num_microbatches: int, num_stages: int, num_chunks: int | None = None, chunk_group: int | None = None
+) -> float:
+    """The bubble of megatron-core's schedule on equal micro-batches: idle time over all.
 
     Args:
-        jobs: from `pipeline_jobs`, with the backward.
-        num_stages: of the pipeline. Without one, the order is kept.
-        num_chunks: see `plan_pipeline`.
-        chunk_group: see `plan_pipeline`.
-        max_live_prefixes: the most prefixes that a stage may hold at once; None for as many as there are stages, which
-            is what 1F1B holds of ordinary micro-batches. One group after the other is always allowed.
+        num_microbatches: with work. An interleaved pipeline may need idle ones beside them, see `num_idle_jobs`.
+        num_stages, num_chunks, chunk_group: see `plan_pipeline`.
     """
-    kept = list(range(len(jobs)))
-    groups = sum(job.kind == "A" for job in jobs)
-    if num_stages == 1 or not groups:
-        return kept
-    limit = num_stages if max_live_prefixes is None else max_live_prefixes
-    settings: dict[str, Any] = {"num_chunks": num_chunks, "chunk_group": chunk_group}
-    first = plan_pipeline(jobs, num_stages, **settings)
-    best = (first.total, first.live_prefixes, kept)
-    sizes = [1 << i for i in range(groups.bit_length()) if 1 << i < min(groups, limit)] + [min(groups, max(1, limit))]
-    for size, early, whole_last in product(sizes, (False, True), (True, False)):
-        order = _in_waves(jobs, size, early, whole_last)
-        run = plan_pipeline([jobs[i] for i in order], num_stages, **settings)
-        if run.live_prefixes <= max(limit, first.live_prefixes):
-            best = min(best, (run.total, run.live_prefixes, order), key=lambda found: found[:2])
-    return best[2]
-
-
-def _in_waves(jobs: Sequence[PipelineJob], size: int, early: bool, whole_last: bool) -> list[int]:
-    """``size`` split groups at a time; ``early``: the A of the next wave before the C of the last."""
-    of_kind: dict[str, dict[int, list[int]]] = {kind: {} for kind in "ABC"}
-    whole = []
-    for i, job in enumerate(jobs):
-        if job.prefix is None:
-            whole.append(i)
-        else:
-            of_kind[job.kind].setdefault(job.prefix, []).append(i)
-    prefixes = list(of_kind["A"])
-    waves = [prefixes[first : first + size] for first in range(0, len(prefixes), size)]
-    begins, parts, ends = ([[i for p in wave for i in of_kind[kind][p]] for wave in waves] for kind in "ABC")
-    order = begins[0]
-    for n in range(len(waves)):
-        is_last = n == len(waves) - 1
-        middle = [[] if is_last else begins[n + 1], [] if is_last and not whole_last else ends[n]]
-        order = [*order, *parts[n], *(middle[0] + middle[1] if early else middle[1] + middle[0])]
-    return [*order, *whole, *([] if whole_last else ends[-1])]
-
-
-def even_bubble(num_microbatches: int, num_stages: int, num_chunks: int | None = None) -> float:
-    """The bubble of megatron-core's schedule on equal micro-batches: idle time over all (arXiv 2104.04473, 2.2)."""
-    fill = (num_stages - 1) / (num_chunks or 1)
-    return fill / (num_microbatches + fill)
-
-
-_Op = tuple[int, int, bool]  # chunk, micro-batch, backward
-
-
-def _one_f_one_b(count: int, stages_after: int, forward_only: bool) -> list[_Op]:
-    forwards: list[_Op] = [(0, n, False) for n in range(count)]
-    return forwards if forward_only else _alternate(forwards, [(0, n, True) for n in range(count)], stages_after)
-
-
-def _interleaved(count: int, stages_after: int, num_chunks: int, chunk_group: int, forward_only: bool) -> list[_Op]:
-    """Groups of micro-batches go through one chunk after the other; backward likewise, from the last chunk."""
-    table = [
-        (chunk, n)
-        for first in range(0, count, chunk_group)
-        for chunk in range(num_chunks)
-        for n in range(first, min(first + chunk_group, count))
-    ]
-    forwards: list[_Op] = [(chunk, n, False) for chunk, n in table]
-    if forward_only:
-        return forwards
-    warmup = 2 * stages_after + (num_chunks - 1) * chunk_group
-    return _alternate(forwards, [(num_chunks - 1 - chunk, n, True) for chunk, n in table], warmup)
-
-
-def _alternate(forwards: list[_Op], backwards: list[_Op], warmup: int) -> list[_Op]:
-    """Some forwards, then one of each in turns, then the backwards that are left."""
-    warmup = min(warmup, len(forwards))
-    steady = len(forwards) - warmup
-    pairs = zip(forwards[warmup:], backwards[:steady], strict=True)
-    return [*forwards[:warmup], *(op for pair in pairs for op in pair), *backwards[steady:]]
-
-
-_Times = dict[tuple[int, int, int, bool], tuple[float, float]]  # (stage, chunk, micro-batch, backward): start and end
-
-
-def _play(orders: Sequence[Sequence[_Op]], seconds: Callable[[int, _Op], float]) -> _Times:
-    """Start everything as early as its stage's order and what it waits for allow."""
-    stages = len(orders)
-    last_chunk = max(op[0] for order in orders for op in order)
-    times: _Times = {}
-    next_up, free = [0] * stages, [0.0] * stages
-    waiting = set(range(stages))
-    while waiting:
-        before = len(times)
-        for stage in sorted(waiting):
-            order = orders[stage]
-            while next_up[stage] < len(order):
-                op = order[next_up[stage]]
-                source = _waits_for(stage, op, stages, last_chunk)
-                if source is not None and source not in times:
-                    break
-                start = free[stage] if source is None else max(free[stage], times[source][1])
-                free[stage] = start + seconds(stage, op)
-                times[stage, *op] = (start, free[stage])
-                next_up[stage] += 1
-            else:
-                waiting.remove(stage)
-        assert len(times) > before or not waiting, "the order of the schedule waits for itself"
-    return times
-
-
-def _waits_for(stage: int, op: _Op, num_stages: int, last_chunk: int) -> tuple[int, int, int, bool] | None:
-    """(stage, chunk, micro-batch, backward) of what gives this its input."""
-    chunk, number, backward = op
-    if backward and (stage, chunk) == (num_stages - 1, last_chunk):
-        return stage, chunk, number, False
-    at = chunk * num_stages + stage + (1 if backward else -1)
-    return None if at < 0 else (at % num_stages, at // num_stages, number, backward)
+    if num_chunks is None:
+        return (num_stages - 1) / (num_microbatches + num_stages - 1)  # arXiv 2104.04473, 2.2
+    idle = num_idle_jobs(num_microbatches, num_stages, num_chunks, chunk_group)
+    schedule = Schedule.of_megatron(num_microbatches + idle, num_stages, num_chunks, chunk_group)
+    work = [1.0, BACKWARD_WORK] * num_microbatches + [0.0, 0.0] * idle
+    return 1 - num_chunks * sum(work) / schedule.total(work)
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -284,6 +284,6 @@ def train_options(command: Command) -> Command:
         click.option(
             "--max-live-prefixes",
             type=click.IntRange(1),
-            help="Most split groups that a pipeline stage holds the prefixes of; default: --pp.",
+            help="Most prefixes of split groups that a pipeline stage holds; default: as few as a small bubble takes.",
         ),
     )

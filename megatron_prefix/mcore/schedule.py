@@ -71,8 +71,9 @@ def forward_backward_prefix_groups(
             or "offload" (to host memory).
         prefix_grad_dtype: in which the gradients of a prefix's keys add up over its parts: "fp32" (fp64 in an fp64
             model) or "param", the dtype of the parameters.
-        max_live_prefixes: the most split groups that a pipeline stage may hold the prefixes of, see `order_jobs`: more
-            of them make for smaller bubbles.
+        max_live_prefixes: the most split groups that a pipeline stage may hold the prefixes of: more of them make for
+            smaller bubbles. None for as few as keep the bubble at megatron-core's, see `order_jobs`; `plan_step` tells
+            both numbers.
         trace: records this step.
         pg_collection: the model's process groups; None for those of megatron-core's ``parallel_state``.
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_prefix.packing import Pack
+from megatron_prefix.pipeline_order import order_jobs
 from megatron_prefix.pipeline_plan import (
     PipelineJob,
     PipelineRun,
     num_idle_jobs,
-    order_jobs,
     pipeline_jobs,
     plan_pipeline,
 )
