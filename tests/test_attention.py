@@ -224,7 +224,7 @@ def test_a_scale_that_is_not_above_0_is_refused(impl: str, scale: float) -> None
 
 
 def test_an_unknown_impl_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match="unknown impl 'cudnn'; choose one of auto, reference, flex, sdpa, flash"):
+    with pytest.raises(ValueError, match="unknown impl 'cudnn'; choose one of auto, reference, flex, sdpa, te, "):
         prefix_grouped_attention(*inputs(FLAT.num_rows)[:3], FLAT, impl="cudnn")
 
 

@@ -222,7 +222,7 @@ GPU = torch.device("cuda")
         ("sdpa", GPU, torch.float32, 64, 1, "impl='sdpa' runs on the CPU, the tensors are on cuda; use impl='flash'"),
         ("auto", CPU, torch.int32, 64, 1, "impl='sdpa' takes fp64, fp32, bf16 or fp16, got torch.int32"),
         ("reference", GPU, torch.float32, 64, 2, "impl='reference' holds the whole mask and cannot be split over"),
-        ("fast", CPU, torch.float32, 64, 1, "unknown impl 'fast'; choose one of auto, reference, flex, sdpa, flash"),
+        ("fast", CPU, torch.float32, 64, 1, "unknown impl 'fast'; choose one of auto, reference, flex, sdpa, te, "),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_known_beforehand(
