@@ -15,8 +15,8 @@ from megatron_prefix import PrefixLayout
 from megatron_prefix.attention import KERNELS
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.collectives import Group, Pending, Traffic
-from megatron_prefix.context_parallel import attention as cp_attention
-from megatron_prefix.context_parallel.attention import CpShare, GradientsInFlight, context_parallel_attention
+from megatron_prefix.context_parallel import ring
+from megatron_prefix.context_parallel.attention import CpShare, context_parallel_attention
 from megatron_prefix.context_parallel.comm_types import COMM_TYPES
 from megatron_prefix.context_parallel.placement import PLACEMENTS
 from megatron_prefix.context_parallel.plan import CpPlan
@@ -238,7 +238,7 @@ class RecordedKernel:
         KERNELS["sdpa"].backward(*args)
 
 
-START_EXCHANGE = cp_attention.start_exchange
+START_EXCHANGE = ring.start_exchange
 
 
 def record(rank: int, world_size: int) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
@@ -250,7 +250,7 @@ def record(rank: int, world_size: int) -> tuple[list[tuple[Any, ...]], list[tupl
     kernel = RecordedKernel(recorder, 1 + len(calls.own.ancestors), [len(step.calls) for step in calls.steps])
     assert all(step.calls for step in calls.steps)
     q, k, v, dout = (x[plan.rows(rank)].requires_grad_() for x in inputs(plan.layout.num_rows))
-    with mock.patch.object(cp_attention, "start_exchange", recorder.start_exchange):
+    with mock.patch.object(ring, "start_exchange", recorder.start_exchange):
         out = context_parallel_attention(q, k, v, share, "p2p", 0.3, kernel)
         forward, recorder.events, recorder.exchanges = recorder.events, [], 0
         out.backward(dout)
@@ -321,10 +321,10 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
 
 # ---- deliberate errors: the comparison must notice each
 
-ADD_PENDING = GradientsInFlight._add_pending
+ADD_PENDING = ring.GradientsInFlight._add_pending
 
 
-def drop_pending(gradients: GradientsInFlight) -> None:
+def drop_pending(gradients: ring.GradientsInFlight) -> None:
     """Wait for gradients as always, and forget them."""
     for _, pending in gradients.pending:
         pending.wait()
@@ -349,7 +349,7 @@ def with_mutants(rank: int, world_size: int) -> dict[str, tuple[float, float]]:
             steps[0] = replace(steps[0], sent=replace(steps[0].sent, index=other))
         share._rings[1] = replace(share.ring(1), steps=tuple(steps))
         change = drop_pending if name == "no gradient back" else ADD_PENDING
-        with mock.patch.object(GradientsInFlight, "_add_pending", change):
+        with mock.patch.object(ring.GradientsInFlight, "_add_pending", change):
             result = on_this_rank(share, "p2p", tensors)
         errors = {key: (value - expected[key][rows]).abs().max().item() for key, value in result.items()}
         found[name] = (errors["out"], max(errors["dq"], errors["dk"], errors["dv"]))

@@ -19,9 +19,9 @@ from megatron_prefix.attention.calls import AttentionCalls, VarlenCall
 from megatron_prefix.attention.flash import FlashKernel
 from megatron_prefix.attention.flash_packages import FLASH2, FLASH3, FLASH4, FlashPackage, PackagedFlash
 from megatron_prefix.attention.grouped import CachedKeys
-from megatron_prefix.context_parallel.attention import RingCalls
 from megatron_prefix.context_parallel.placement import PLACEMENTS
 from megatron_prefix.context_parallel.plan import CpPlan
+from megatron_prefix.context_parallel.ring import RingCalls
 from megatron_prefix.layout import PartLayout
 from tests import flash_stand_ins as stand_ins
 from tests.attention_oracle import DEEP, FLAT, TWO_GROUPS, assert_matches, inputs, run

@@ -15,10 +15,11 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from megatron_prefix import PrefixLayout, prefix_grouped_attention
-from megatron_prefix.attention import WHOLE_LAYOUT, check_impl, dense_mask, flex, kernel_named, layout_attention
+from megatron_prefix.attention import WHOLE_LAYOUT, block_mask, check_impl, dense_mask, kernel_named, layout_attention
 from megatron_prefix.attention import calls as calls_module
+from megatron_prefix.attention.block_mask import tree_block_mask
 from megatron_prefix.attention.calls import AttentionCalls
-from megatron_prefix.attention.flex import FlexAttention, tree_block_mask
+from megatron_prefix.attention.flex import FlexAttention
 from tests import equivalence_cases as ec
 from tests.attention_oracle import DEEP, FLAT, TWO_GROUPS, assert_matches, errors, inputs, repeated_attention, run
 from tests.distributed import run_distributed
@@ -128,7 +129,7 @@ MUTANTS = {
 
 
 def mutant(old: str, new: str) -> Callable[[Tensor, int], BlockMask]:
-    with open(flex.__file__, encoding="utf-8") as file:
+    with open(block_mask.__file__, encoding="utf-8") as file:
         source = file.read()
     assert source.count(old) == 1
     names: dict[str, Any] = {"__name__": "mutant"}

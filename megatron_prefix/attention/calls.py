@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from megatron_prefix.attention.flex import tree_block_mask
+from megatron_prefix.attention.block_mask import tree_block_mask
 from megatron_prefix.layout import AncestorRange, PartLayout, PrefixLayout
 
 Range = tuple[int, int]

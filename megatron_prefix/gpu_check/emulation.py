@@ -18,7 +18,8 @@ from megatron_prefix.attention.grouped import fit_kernel
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.attention.prefix_cache import PrefixCache
 from megatron_prefix.collectives import Pending
-from megatron_prefix.context_parallel.attention import (
+from megatron_prefix.context_parallel.plan import CpPlan
+from megatron_prefix.context_parallel.ring import (
     GradientsInFlight,
     KeysInFlight,
     Ring,
@@ -26,7 +27,6 @@ from megatron_prefix.context_parallel.attention import (
     RingStep,
     ring_attention,
 )
-from megatron_prefix.context_parallel.plan import CpPlan
 from megatron_prefix.gpu_check.cases import Inputs
 from megatron_prefix.gpu_check.oracle import NAMES, Results
 from megatron_prefix.layout import PartLayout, PrefixLayout
