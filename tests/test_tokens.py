@@ -18,7 +18,8 @@ from tests.mcore_helpers import start
 from tests.pipeline_cases import Case
 from tests.strategies import batches
 
-GROUP = RolloutGroup([3, 4, 5], [[6, 7], [8]], [0.0, 1.0], "g", [[-1.0, -2.0], [-3.0]], [[1, 0], [1]])
+# Of both halves of a vocabulary of 64.
+GROUP = RolloutGroup([3, 34, 5], [[6, 57], [38]], [0.0, 1.0], "g", [[-1.0, -2.0], [-3.0]], [[1, 0], [1]])
 
 
 def the_same_but_for_ids(pack: Pack, other: Pack) -> bool:
@@ -138,7 +139,7 @@ def with_and_without(rank: int, world_size: int) -> tuple[bool, bool, bool]:
     chunks = pc.build(Case(pp=2, tp=2))
     loss = LossConfig(importance_cap=1.5, kl_coef=0.1, entropy_coef=0.01)
     trainer = PolicyTrainer(chunks, pc.settings_of(Case()), loss)
-    groups = [replace(GROUP, prompt=(i, *range(20)), group_id=f"{i}") for i in range(3)]
+    groups = [replace(GROUP, prompt=(i, *range(22, 42)), group_id=f"{i}") for i in range(3)]
     found, packs = [], []
     for mine in (groups, groups_on_this_rank(groups, trainer.model)):
         packs = pack_and_split(mine, max_tokens_per_pack=21)

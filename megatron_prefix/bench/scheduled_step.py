@@ -102,16 +102,14 @@ class BenchTrainer:
             self.trainer.config.no_sync_func = self._until_last
         self.lap: Callable[[str], None] = lambda _: None
         self.began = False
-        self.found: dict[int, Tensor] = {}
+        self.found: list[Tensor] = []
 
     def run(self, inputs: Sequence[StepInput], activations: str, lap: Callable[[str], None]) -> dict[str, Tensor]:
         """See `ScheduledStep.run`."""
         self.trainer.settings = replace(self.trainer.settings, prefix_activations=activations)
-        self.lap, self.began, self.found = lap, False, {}
+        self.lap, self.began, self.found = lap, False, []
         _, terms = self.trainer.gradients_and_terms(inputs)
-        # A pipeline runs micro-batches in another order than it is given them.
-        log_probs = [self.found[id(batch.pack)] for batch in inputs if id(batch.pack) in self.found]
-        return {"loss_terms": terms} | ({"log_probs": torch.cat(log_probs)} if log_probs else {})
+        return {"loss_terms": terms} | ({"log_probs": torch.cat(self.found)} if self.found else {})
 
     def _log_probs(self, model: torch.nn.Module, pack: Pack) -> Tensor:
         if not self.began:
@@ -120,7 +118,7 @@ class BenchTrainer:
         log_probs = response_log_probs(model, pack)
         assert isinstance(log_probs, Tensor)
         if unwrap(model).post_process:
-            self.found[id(pack)] = log_probs.detach()
+            self.found.append(log_probs.detach())
         return log_probs
 
     @contextmanager
