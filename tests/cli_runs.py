@@ -64,7 +64,7 @@ def run_cli(*invocations: Arguments, world_size: int = 1) -> list[list[Run]]:
     # As torchrun does it: the store is there before the ranks, on a port that it got from the system.
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in invocations]
     texts = [([str(word) for word in words], store.port) for words, store in zip(invocations, stores, strict=True)]
-    by_rank = run_distributed(_invoke_all, world_size, texts, timeout_s=TIMEOUT_S)
+    by_rank = run_distributed(invoke_all, world_size, texts, timeout_s=TIMEOUT_S)
     return [list(ranks) for ranks in zip(*by_rank, strict=True)]
 
 
@@ -77,7 +77,7 @@ def run_one(*arguments: str | Path, world_size: int = 1) -> Run:
     return run
 
 
-def _invoke_all(rank: int, world_size: int, invocations: list[tuple[list[str], int]]) -> list[Run]:
+def invoke_all(rank: int, world_size: int, invocations: list[tuple[list[str], int]]) -> list[Run]:
     dist.destroy_process_group()  # run_distributed's: the command starts its own
     warnings.filterwarnings("ignore", module="megatron")
     # megatron-core's checkpoint writer starts a helper process, which Python refuses to daemonic ranks.

@@ -1,11 +1,15 @@
 """Token ids only where they are read: packs of lengths, what each rank keeps, and what tensor-parallel rank 0 gives."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from torch.distributed import TCPStore
 
 from megatron_prefix import LossConfig, Pack, RolloutGroup, RolloutTree, TokenCount, TreeNode, pack_groups
+from megatron_prefix.cli import train
 from megatron_prefix.mcore.log_probs import response_log_probs
 from megatron_prefix.mcore.tokens import groups_on_this_rank
 from megatron_prefix.mcore.training import PolicyTrainer
@@ -13,6 +17,7 @@ from megatron_prefix.packing import repeated_packs
 from megatron_prefix.rollouts import check_vocabulary
 from megatron_prefix.splitting import pack_and_split, pair_order
 from tests import pipeline_cases as pc
+from tests.cli_runs import invoke_all, write_groups, write_model
 from tests.distributed import run_distributed
 from tests.mcore_helpers import start
 from tests.pipeline_cases import Case
@@ -92,6 +97,31 @@ def test_all_tokens_are_known_or_none() -> None:
 
 
 # ---- on ranks
+
+
+def kept_by_train(rank: int, world_size: int, invocations: list[tuple[list[str], int]]) -> list[list[bool]]:
+    """Of every run of `train`, which groups this rank keeps without token ids."""
+    kept: list[list[bool]] = []
+
+    class Spy(train._Run):
+        def __init__(self, trainer: Any, groups: Any, *rest: Any, **settings: Any) -> None:
+            kept.append([isinstance(group.prompt, TokenCount) for group in groups])
+            super().__init__(trainer, groups, *rest, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_Run", Spy)
+        for run in invoke_all(rank, world_size, invocations):
+            assert run.exit_code == 0, run.crash + run.stderr
+    return kept
+
+
+def test_train_keeps_tokens_where_they_are_read(tmp_path: Path) -> None:
+    """A comparison afterwards reads them everywhere."""
+    files = ["--model", f"{write_model(tmp_path)}", "--rollouts", f"{write_groups(tmp_path, 2)}"]
+    words = ["train", *files, "--steps", "1", "--tp", "2"]
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
+    runs = [(each, store.port) for each, store in zip((words, [*words, "--compare", "1"]), stores, strict=True)]
+    assert run_distributed(kept_by_train, 2, runs) == [[[False] * 2] * 2, [[True] * 2, [False] * 2]]
 
 
 def refusals(rank: int, world_size: int) -> list[str]:
