@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_prefix.bench.report import worst_difference
+
 
 def table(report: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows for a terminal, of a report whose results are equal. One column per path.
@@ -29,7 +31,7 @@ def table(report: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
         row("step, s", lambda name, _: f"{seconds[name]:.3f}"),
         row("speed", lambda name, _: f"{seconds[baseline] / seconds[name]:.2f}x"),
         row("peak, MiB", lambda _, result: f"{result['peak_bytes'] / 2**20:.1f}"),
-        row("difference", lambda name, _: _worst(report["differences"].get(name))),
+        row("difference", lambda name, _: worst_difference(report["differences"].get(name))),
     ]
     sizes = ", ".join(f"{key} {value}" for key, value in report["sizes"].items())
     headers = (_title(name).replace("split ", "split\n") for name in results)
@@ -44,7 +46,3 @@ def summary(report: Mapping[str, Any]) -> str:
 
 def _title(name: str) -> str:
     return name.replace("_", " ").replace("re ", "re-")
-
-
-def _worst(differences: Mapping[str, float] | None) -> str:
-    return "reference" if differences is None else f"{max(differences.values()):.1e}"

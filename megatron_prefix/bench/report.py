@@ -121,7 +121,7 @@ def table(report: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
         row("both, median s", lambda _, result: f"{result['seconds']['total']['median']:.3f}"),
         row("speed-up", lambda _, result: f"{baseline / result['seconds']['total']['median']:.2f}x"),
         row("peak memory, MiB", lambda _, result: f"{result['peak_bytes'] / 2**20:.1f}"),
-        row("worst relative difference", lambda name, _: _worst(report["differences"].get(name))),
+        row("worst relative difference", lambda name, _: worst_difference(report["differences"].get(name))),
     ]
     if "saved_bytes" in results["grouped"]:
         rows.insert(-1, row("saved for backward, MiB", lambda _, result: f"{result['saved_bytes'] / 2**20:.1f}"))
@@ -129,7 +129,8 @@ def table(report: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     return f"{report['bench']}: {sizes}", ["", *(name.replace("_", "-") for name in results)], rows
 
 
-def _worst(differences: Mapping[str, float] | None) -> str:
+def worst_difference(differences: Mapping[str, float] | None) -> str:
+    """For a table: the largest of a path's differences; None is the path that others are compared with."""
     return "reference" if differences is None else f"{max(differences.values()):.1e}"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_prefix.bench.report import worst_difference
+
 PHASES = ("prefix_forward", "responses", "prefix_backward")
 
 
@@ -67,7 +69,7 @@ def table(report: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
             "in the parts' phase",
             lambda name, result: f"{_response_peak(result) / 2**20:.1f}" if _is_split(name) else "",
         ),
-        row("worst difference", lambda name, _: _worst(report["differences"].get(name))),
+        row("worst difference", lambda name, _: worst_difference(report["differences"].get(name))),
     ]
     sizes = ", ".join(f"{key} {value}" for key, value in report["sizes"].items())
     return f"bench split: {sizes}", ["", *(_header(name) for name in results)], rows
@@ -75,10 +77,6 @@ def table(report: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
 
 def _header(name: str) -> str:
     return name.replace("split_", "split\n").replace("re_", "re-\n")
-
-
-def _worst(differences: Mapping[str, float] | None) -> str:
-    return "reference" if differences is None else f"{max(differences.values()):.1e}"
 
 
 def memory_table(report: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
