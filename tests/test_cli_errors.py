@@ -66,7 +66,7 @@ Case = tuple[Callable[[Folder], Arguments], str]
 CASES: dict[str, Case] = {
     # ---- what to run
     "unknown impl": (
-        lambda f: f.train("--impl", "fast"), "'fast' is not one of 'auto', 'reference', 'flex', 'sdpa', 'flash'"
+        lambda f: f.train("--impl", "fast"), "'fast' is not one of 'auto', 'reference', 'flex', 'sdpa', 'te', "
     ),
     "no files": (lambda f: ("verify",), "give either --tiny, or --rollouts and --model"),
     "tiny and files": (

@@ -351,7 +351,7 @@ def test_layouts_on_meta(layout: PrefixLayout, heads: Pair, dims: Pair, dtype: t
 def test_parts_of_split_groups_on_meta(layout: PartLayout, heads: Pair, dims: Pair) -> None:
     """Keys in a cache: their gradients are added to the cache's sums, in fp32."""
     wide, rows = max(dims), layout.num_cached_rows + 3
-    cached = CachedKeys(on_meta(rows, heads[1], wide), on_meta(rows, heads[1], wide))
+    cached = CachedKeys(on_meta(rows, heads[1], wide), on_meta(rows, heads[1], wide), torch.float32)
     shapes = ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1]))
     q, k, v, dout = (on_meta(layout.num_rows, *shape) for shape in shapes)
     calls = AttentionCalls.build(layout, META)
