@@ -20,6 +20,8 @@ from megatron_prefix.attention.te_library import FusedAttention
 from megatron_prefix.context_parallel.attention import CpShare
 from megatron_prefix.context_parallel.placement import PLACEMENTS
 from megatron_prefix.context_parallel.plan import CpPlan
+from megatron_prefix.gpu_check.cases import Inputs
+from megatron_prefix.gpu_check.emulation import over_ranks
 from megatron_prefix.mcore.equivalence import TOLERANCE as MODEL_TOLERANCE
 from tests import cp_cases, pipeline_cases
 from tests.attention_oracle import (
@@ -84,6 +86,24 @@ def test_split_groups_equal_the_oracle(arch: tuple[int, int], tree: RolloutTree,
 
 
 # ---- context parallelism
+
+
+@pytest.mark.parametrize("arch", [PACKED, DENSE], ids=["packed lse", "dense lse"])
+@pytest.mark.parametrize("version", VERSIONS)
+@settings(max_examples=8)
+@given(layout=forests(max_segments=8), cp_size=st.integers(1, 4), placement=st.sampled_from(list(PLACEMENTS)))
+def test_the_calls_of_context_parallel_ranks_equal_the_oracle(
+    version: str, arch: tuple[int, int], layout: PrefixLayout, cp_size: int, placement: str
+) -> None:
+    """Of every rank in turn, keys handed over in this process; real ranks are below."""
+    assume(layout.num_rows >= cp_size)
+    q, k, v, dout = inputs(layout.num_rows, (4, 2), (8, 16), torch.float32)
+    plan = CpPlan.build(layout, cp_size, placement)
+    result = over_ranks(Inputs(q, k, v, dout, 0.3), plan, TeOnCpu(version, arch))
+    exact = [x.double() for x in (q, k, v, dout)]
+    expected = run(partial(repeated_attention, layout=layout, scale=0.3), exact[0], exact[1], exact[2], exact[3])
+    found = errors(result, expected)
+    assert all(error <= TOLERANCE[torch.float32] for error in found.values()), found
 
 
 def cp_errors(rank: int, world_size: int, version: str, arch: tuple[int, int]) -> dict[tuple[str, str, str], float]:
