@@ -311,7 +311,6 @@ class PackRows:
             prefix=prefix,
         )
 
-
     def _ids(self, targets: Tensor) -> PackIds | None:
         unknown = self.tokens.count(_UNKNOWN)
         if 0 < unknown < len(self.tokens):

@@ -10,7 +10,6 @@ ring over the outer group (of one rank for a2a). Partial attentions are merged b
 sends the keys again rather than keep them.
 """
 
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field

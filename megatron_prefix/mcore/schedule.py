@@ -88,9 +88,7 @@ def forward_backward_prefix_groups(
             f"prefix_activations must be one of {', '.join(PREFIX_ACTIVATIONS)}, got {prefix_activations!r}"
         )
     if prefix_grad_dtype not in PREFIX_GRAD_DTYPES:
-        raise ValueError(
-            f"prefix_grad_dtype must be one of {', '.join(PREFIX_GRAD_DTYPES)}, got {prefix_grad_dtype!r}"
-        )
+        raise ValueError(f"prefix_grad_dtype must be one of {', '.join(PREFIX_GRAD_DTYPES)}, got {prefix_grad_dtype!r}")
     chunks = model if isinstance(model, list) else [model]
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
     items = [list(islice(iterator, num_microbatches)) for iterator in iterators]
