@@ -265,8 +265,8 @@ def test_hardware_and_head_dims(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     kernel: Any = KERNELS[impl]
     if impl != "flash":
-        kernel = FlashKernel(PackagedFlash(kernel.library.package))
-        kernel.library.launches = (None, None)
+        kernel = FlashKernel(PackagedFlash(kernel.functions.package))
+        kernel.functions.launches = (None, None)
     found = kernel.refusal(GPU, torch.bfloat16, *dims)
     assert found is None if message is None else found is not None and message in found
 

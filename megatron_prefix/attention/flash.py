@@ -54,12 +54,12 @@ class FlashKernel:
     contiguous = False
 
     def __init__(self, library: FlashLibrary) -> None:
-        self.library = library
+        self.functions = library
         self.mixed_head_dims = library.mixed_head_dims
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, head_dim_v: int) -> str | None:
         """What the library refuses."""
-        return self.library.refusal(device, dtype, head_dim, head_dim_v)
+        return self.functions.refusal(device, dtype, head_dim, head_dim_v)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
         """One launch for the whole call.
@@ -68,7 +68,7 @@ class FlashKernel:
             ValueError: a log-sum-exp that is not [Hq, Tq]: the library's version lays it out in another way.
         """
         rows = call.q.take(q)
-        out, lse = self.library.forward(rows, call.kv.take(k), call.kv.take(v), call, softmax_scale)
+        out, lse = self.functions.forward(rows, call.kv.take(k), call.kv.take(v), call, softmax_scale)
         if lse.shape != (rows.shape[1], rows.shape[0]):
             raise ValueError(
                 f"the log-sum-exp of {rows.shape[0]} rows and {rows.shape[1]} heads has shape {tuple(lse.shape)}, "
@@ -91,7 +91,7 @@ class FlashKernel:
         q, k, v = (each.take(x) for each, x in zip(rows, qkv, strict=True))
         dout, out = call.q.take(dout).contiguous(), call.q.take(out).contiguous()
         lse = call.q.take(lse).transpose(0, 1).contiguous()
-        parts = self.library.backward(dout, (q, k, v), out, lse, call, softmax_scale)
+        parts = self.functions.backward(dout, (q, k, v), out, lse, call, softmax_scale)
         for each, grad, part in zip(rows, grads, parts, strict=True):
             each.add(grad, part)
 

@@ -33,7 +33,7 @@ class TeKernel:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
         """One launch for the whole call."""
-        return self.library(q.device).forward(q, k, v, call, softmax_scale)
+        return self.functions(q.device).forward(q, k, v, call, softmax_scale)
 
     def backward(
         self,
@@ -53,7 +53,7 @@ class TeKernel:
         deterministic = torch.are_deterministic_algorithms_enabled()
         if deterministic:
             self.check_workspace(call, heads=dout.shape[1], device=dout.device)
-        library = self.library(dout.device)
+        library = self.functions(dout.device)
         parts = library.backward(dout, qkv, out, lse, call, softmax_scale, deterministic)
         for total, rows, part in zip(grads, (call.q, call.kv, call.kv), parts, strict=True):
             rows.add(total, part)
@@ -80,7 +80,7 @@ class TeKernel:
         assert not isinstance(self._te, str)
         return TeSupport(self._te, self._cudnn, torch.cuda.get_device_capability(device))
 
-    def library(self, device: torch.device) -> FusedAttention:
+    def functions(self, device: torch.device) -> FusedAttention:
         """Transformer Engine's functions, as they work on ``device`` (the GPUs of a process are of one kind)."""
         if self._library is None:
             self._library = load(self.support(device))
