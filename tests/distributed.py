@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,6 +45,11 @@ PRELOAD = (
 START_LIMIT_S = 180.0  # imports, and the first start of the server, on a busy machine
 LAST_WORDS_S = 0.3  # how long the other ranks may still report after a failure or a request for a stack dump
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
+MEETINGS = 3  # gloo's connections among new processes are refused at times, where other groups start beside them
+
+
+class DidNotMeetError(AssertionError):
+    """The ranks could not be joined in a group: nothing of the function has run."""
 
 
 def fill_fresh_memory_with_nan() -> None:
@@ -52,15 +58,29 @@ def fill_fresh_memory_with_nan() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, interface: str = "lo"
+) -> list[Any]:
     """Call fn(rank, world_size, *args) on `world_size` new processes in one gloo group; return the results by rank.
 
     fn is a module-level function; args and results are pickled by value. timeout_s counts from the moment all ranks
     have imported fn's module. Raises AssertionError when a rank raises, exits or is killed (the first one with its full
     traceback) and at the time limit (the ranks still running, with their stacks). A rank that ends without a report
-    counts as first: errors of the others follow from its closed connections. No process outlives the call.
+    counts as first: errors of the others follow from its closed connections. No process outlives the call. Ranks that
+    cannot be joined over the network ``interface`` are started anew, `MEETINGS` times at the most.
     """
-    payload = pickle.dumps((fn, args))
+    payload = pickle.dumps((fn, args, interface))
+    for meeting in range(1, MEETINGS + 1):
+        try:
+            return _run_once(payload, world_size, timeout_s)
+        except DidNotMeetError as error:
+            if meeting == MEETINGS:
+                raise
+            warnings.warn(f"meeting {meeting} of {MEETINGS} failed: {str(error).splitlines()[-1]}", stacklevel=2)
+    raise AssertionError("unreachable")
+
+
+def _run_once(payload: bytes, world_size: int, timeout_s: float) -> list[Any]:
     with (
         tempfile.TemporaryDirectory(prefix="run_distributed_") as folder,
         _started(world_size, payload, folder) as ranks,
@@ -81,6 +101,7 @@ class _Rank:
     ended: bool = False
     result: bytes = b""
     error: str = ""
+    met: bool = True
     failed_at: float = 0.0
 
     @property
@@ -103,7 +124,7 @@ class _Rank:
         if kind == "result":
             self.result = value
         else:
-            self.error, self.failed_at = value, at
+            self.error, self.failed_at, self.met = value, at, kind != "unmet"
 
 
 @contextlib.contextmanager
@@ -153,7 +174,7 @@ def _collect(ranks: list[_Rank], limit_s: float, what: str, *, until: Callable[[
         _read_waiting(ranks, left)
     if any(rank.failed for rank in ranks):
         _drain(ranks, LAST_WORDS_S)
-        raise AssertionError(_failure_text(ranks))
+        raise (AssertionError if all(rank.met for rank in ranks) else DidNotMeetError)(_failure_text(ranks))
 
 
 def _drain(ranks: list[_Rank], seconds: float) -> None:
@@ -203,15 +224,19 @@ def _rank_main(rank: int, world_size: int, payload: bytes, folder: str, reports:
 
 
 def _call(rank: int, world_size: int, payload: bytes, folder: str, reports: connection.Connection) -> None:
-    os.environ.update(LOOPBACK)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     fill_fresh_memory_with_nan()
-    fn, args = pickle.loads(payload)
+    fn, args, interface = pickle.loads(payload)
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
     _report(reports, "ready", None)
     # gloo's own limit is longer than any test's: the parent decides, and has the stacks.
     store = dist.FileStore(str(Path(folder, "store")), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=1))
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(hours=1))
+    except RuntimeError:
+        _report(reports, "unmet", traceback.format_exc())
+        return
     result = pickle.dumps(fn(rank, world_size, *args))
     if dist.is_initialized():  # fn may have destroyed it
         dist.destroy_process_group()

@@ -1,18 +1,21 @@
 """The multi-process runner itself: results, failures, limits, and that no process is left behind."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import run_distributed
+from tests import distributed
+from tests.distributed import MEETINGS, DidNotMeetError, run_distributed
 
 
 def _sum_over_ranks(rank: int, world_size: int, offset: int) -> tuple[int, torch.Tensor, int]:
@@ -185,3 +188,21 @@ def test_nothing_is_left_when_pytest_is_stopped(tmp_path: Path, how: signal.Sign
     finally:
         run.kill()
         run.wait()
+
+
+def test_ranks_that_cannot_be_joined_are_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network interface that is not there, and on one that comes with the last start."""
+    with pytest.warns(UserWarning, match="meeting 2 of 3 failed"), pytest.raises(DidNotMeetError, match="no_such_if0"):
+        run_distributed(_environment, 2, interface="no_such_if0")
+    once, tries = distributed._run_once, []
+
+    def third_time_lucky(payload: bytes, *rest: Any) -> list[Any]:
+        tries.append(payload)
+        fn, args, interface = pickle.loads(payload)
+        mended = "lo" if len(tries) == MEETINGS else interface
+        return once(pickle.dumps((fn, args, mended)), *rest)
+
+    monkeypatch.setattr(distributed, "_run_once", third_time_lucky)
+    with pytest.warns(UserWarning, match="meeting 2 of 3 failed"):
+        found = run_distributed(_environment, 2, interface="no_such_if0")
+    assert len(tries) == MEETINGS and [each[0] for each in found] == ["lo", "lo"]
