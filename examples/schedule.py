@@ -109,7 +109,7 @@ def forward_step(iterator: object, model: torch.nn.Module) -> tuple[Tensor, obje
 def draw(axes: Axes, run: PipelineRun, title: str) -> None:
     """A bar per piece of work: forward in the full colour, backward lighter. Virtual stages share their stage's row."""
     for span in run.spans:
-        width, prefix = span.end - span.start, run.jobs[span.number].prefix
+        width, prefix = span.end - span.start, run.prefix_of(span)
         if width < 2e-3 * run.total:  # the empty half of A or C, or idle
             continue
         light = span.backward and span.kind != "C"

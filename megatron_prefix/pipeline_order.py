@@ -1,15 +1,17 @@
 """The order of a step's micro-batches in a pipeline: small bubbles with few prefixes held. Plain Python on lengths.
 
 In megatron-core's schedules every micro-batch has its turn of a forward and of a backward. A uses one of its turns and
-C the other, so that around each of them fewer micro-batches are under way than the stages need, and stages wait. In
-waves, all A of some groups together and all C together, they wait once per wave instead of once per group; the prefixes
-of a wave are held at once.
+C the other, so that around each of them fewer micro-batches are under way than the stages need, and stages wait. Two
+things help. The C of one group and the A of a later one may share their turns, and then use both. In waves, all A of
+some groups together and all C together, stages wait once per wave instead of once per group; the prefixes of a wave are
+held at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 from megatron_prefix.pipeline_plan import PipelineJob, even_bubble, num_idle_jobs
@@ -20,12 +22,15 @@ BUBBLE_TOLERANCE = 0.01
 
 _ROUNDING = 1e-9
 
+Turn = tuple[int, int]
+"""One micro-batch: the job whose forward it has and the one whose backward. They differ where C and A share a turn."""
+
 
 @dataclass(frozen=True)
 class _Found:
-    """An order, as indices into the jobs, its bubble and the most prefixes that a stage holds."""
+    """An order, its bubble and the most prefixes that a stage holds."""
 
-    order: list[int]
+    order: list[Turn]
     bubble: float
     live: int
 
@@ -37,12 +42,12 @@ def order_jobs(
     num_chunks: int | None = None,
     chunk_group: int | None = None,
     max_live_prefixes: int | None = None,
-) -> list[int]:
+) -> list[Turn]:
     """The best order of ``jobs`` among some simple ones, as indices into ``jobs``. Every stage finds the same.
 
     All have waves of split groups: the A of a wave, its parts, its C. There are 1, 2, 3, ... waves; the next wave's A
-    may come before the C; groups that fit come last or before the last C. Groups, their parts, and the packs of groups
-    that fit keep their order.
+    may share turns with the C, or come after or before them; groups that fit come last or before the last C. Groups,
+    their parts, and the packs of groups that fit keep their order.
 
     Args:
         jobs: from `pipeline_jobs`, with the backward.
@@ -57,25 +62,32 @@ def order_jobs(
     kept = list(range(len(jobs)))
     groups = sum(job.kind == "A" for job in jobs)
     if num_stages == 1 or not groups:
-        return kept
-    idle = num_idle_jobs(len(jobs), num_stages, num_chunks, chunk_group)
-    schedule = Schedule.of_megatron(len(jobs) + idle, num_stages, num_chunks, chunk_group)
+        return _apart(kept)
     share = num_chunks or 1
     times = [(job.forward / share, job.backward / share) for job in jobs]
     busy = share * sum(map(sum, times))
     prefixes = [(i, max(j for j in kept if jobs[j].prefix == jobs[i].prefix)) for i in kept if jobs[i].kind == "A"]
 
-    def measured(order: list[int]) -> _Found:
-        place = {job: number for number, job in enumerate(order)}
-        held = [(place[begin], place[end]) for begin, end in prefixes]
-        work = [taken for i in order for taken in times[i]] + [0.0] * (2 * idle)
+    @cache
+    def schedule_of(turns: int) -> Schedule:
+        return Schedule.of_megatron(turns, num_stages, num_chunks, chunk_group)
+
+    def measured(order: list[Turn]) -> _Found:
+        idle = num_idle_jobs(len(order), num_stages, num_chunks, chunk_group)
+        schedule = schedule_of(len(order) + idle)
+        begins = {forward: number for number, (forward, _) in enumerate(order)}
+        ends = {backward: number for number, (_, backward) in enumerate(order)}
+        held = [(begins[begin], ends[end]) for begin, end in prefixes]
+        work = [taken for begin, end in order for taken in (times[begin][0], times[end][1])] + [0.0] * (2 * idle)
         return _Found(order, 1 - busy / schedule.total(work), schedule.most_held(held))
 
-    one_by_one = measured(kept)
+    one_by_one = measured(_apart(kept))
     cap = max_live_prefixes or groups
     sizes = sorted(size for size in {-(-groups // waves) for waves in range(1, groups + 1)} if size <= cap)
-    variants = product(sizes, (False, True), (True, False))
-    found = [one_by_one, *(measured(_in_waves(jobs, *variant)) for variant in variants)]
+    found = [one_by_one]
+    for size, whole_last in product(sizes, (True, False)):
+        late, early = (_in_waves(jobs, size, early, whole_last) for early in (False, True))
+        found += map(measured, (_shared(jobs, late), _apart(late), _apart(early)))
     if max_live_prefixes is not None:
         limit = max(max_live_prefixes, one_by_one.live)
         return min((f for f in found if f.live <= limit), key=lambda f: (f.bubble, f.live)).order
@@ -84,6 +96,31 @@ def order_jobs(
     if smallest > enough:
         enough = smallest + BUBBLE_TOLERANCE
     return min((f for f in found if f.bubble <= enough), key=lambda f: (f.live, f.bubble)).order
+
+
+def in_turns(jobs: Sequence[PipelineJob], order: Sequence[Turn]) -> list[PipelineJob]:
+    """The micro-batches of an order of ``jobs``."""
+    return [jobs[begin] if begin == end else replace(jobs[begin], ends=jobs[end]) for begin, end in order]
+
+
+def _apart(order: Sequence[int]) -> list[Turn]:
+    """Every job has turns of its own."""
+    return [(i, i) for i in order]
+
+
+def _shared(jobs: Sequence[PipelineJob], order: Sequence[int]) -> list[Turn]:
+    """C with A behind them share turns, the first with the first."""
+    turns: list[Turn] = []
+    alone = 0  # C at the end of the turns that no A has joined are those from here on
+    for i in order:
+        if jobs[i].kind == "A" and alone < len(turns):
+            turns[alone] = (i, turns[alone][1])
+            alone += 1
+        else:
+            turns.append((i, i))
+            if jobs[i].kind != "C":
+                alone = len(turns)
+    return turns
 
 
 def _in_waves(jobs: Sequence[PipelineJob], size: int, early: bool, whole_last: bool) -> list[int]:

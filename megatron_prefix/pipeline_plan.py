@@ -3,8 +3,8 @@
 Plain Python on lengths. The order of forwards and backwards on every stage is that of megatron-core's schedules (see
 `pipeline_schedule`); when each starts follows from what it waits for. Communication takes no time here.
 
-A prefix of a split group is two micro-batches: A has its forward and no backward, C its backward and no forward
-(`pipeline_order` says how such halves are arranged).
+A prefix of a split group is two micro-batches: A has its forward and no backward, C its backward and no forward. The C
+of one and the A of another can share one (`pipeline_order` says how such halves are arranged).
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ class PipelineJob:
         kind: "A" (a prefix's forward), "B" (a part), "C" (a prefix's backward), "whole" (groups that fit), or "idle".
         work: of its forward on one stage, in any unit; backward takes `BACKWARD_WORK` times that.
         prefix: number of the prefix that it belongs to, None for "whole" and "idle".
+        ends: of an A, the C of another prefix whose backward is this micro-batch's.
     """
 
     kind: str
     work: float
     prefix: int | None = None
+    ends: PipelineJob | None = None
 
     @property
     def forward(self) -> float:
@@ -42,7 +44,13 @@ class PipelineJob:
     @property
     def backward(self) -> float:
         """Time of its backward on one stage."""
+        if self.ends is not None:
+            return self.ends.backward
         return 0.0 if self.kind in ("A", "idle") else BACKWARD_WORK * self.work
+
+    def half(self, backward: bool) -> PipelineJob:
+        """The job whose forward or backward is this one's: another than itself for the backward of C and A in one."""
+        return self.ends if backward and self.ends is not None else self
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class JobSpan:
         stage: of the pipeline.
         chunk: of the stage (virtual stage), 0 without interleaving.
         number: of the micro-batch in the step, as megatron-core counts.
-        kind: see `PipelineJob`.
+        kind: see `PipelineJob`; where C and A are one, that of this half.
         backward: whether it is the backward.
         start: when it began to work: seconds, or units of modelled work.
         end: when it was done.
@@ -113,12 +121,16 @@ class PipelineRun:
             first: dict[int, int] = {}
             last: dict[int, int] = {}
             for at, span in enumerate(self.on_stage(stage)):
-                prefix = self.jobs[span.number].prefix
+                prefix = self.prefix_of(span)
                 if prefix is not None:
                     first.setdefault(prefix, at)
                     last[prefix] = at
             most = max(most, most_at_once(first.values(), last.values()))
         return most
+
+    def prefix_of(self, span: JobSpan) -> int | None:
+        """Number of the prefix that a piece of work belongs to."""
+        return self.jobs[span.number].half(span.backward).prefix
 
     def on_stage(self, stage: int) -> list[JobSpan]:
         """What a stage does, in order."""
@@ -248,7 +260,7 @@ def plan_pipeline(
     share = num_chunks or 1
     work = [(job.forward / share, job.backward / share) for job in all_jobs]
     spans = [
-        JobSpan(stage, chunk, number, all_jobs[number].kind, backward)
+        JobSpan(stage, chunk, number, all_jobs[number].half(backward).kind, backward)
         for stage, (chunk, number, backward) in schedule.ops
     ]
     timed = _played(schedule, spans, [work[span.number][span.backward] for span in spans])

@@ -5,6 +5,7 @@ the start, its gradients, and its weights after some optimizer steps, by the nam
 to shards in checkpoints: every rank of a run at other parallel sizes finds its own shards and compares them.
 """
 
+import operator
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
 from megatron_prefix.mcore.model import build_hybrid_model, build_model, hybrid_stack_spec, transformer_config
 from megatron_prefix.mcore.repeated import repeated_log_probs
+from megatron_prefix.mcore.step_plan import plan_step
 from megatron_prefix.mcore.tokens import groups_on_this_rank
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.model_config import ModelConfig
@@ -271,6 +273,8 @@ def compare(case: Case, folder: Path) -> dict[str, float]:
     oracle = torch.load(oracle_file(folder, case))
     trainer, packs = _trainer_and_packs(case, oracle["start"])
     found = {"packs": float(len(packs)), "prefixes": float(sum(pack.is_prefix for pack in packs))}
+    shared = [(job.work, job.ends.work) for job in plan_step(packs, trainer.config).jobs if job.ends is not None]
+    found["longer"], found["shorter"] = (float(sum(way(a, b) for a, b in shared)) for way in (operator.gt, operator.lt))
     found["with ids"] = float(sum(pack.ids is not None for pack in packs))
     total = sum(all_gather_object(_sum_of_log_probs(trainer, packs), trainer.dp_group))
     found["log_probs"] = abs(total / oracle["log_probs"] - 1)

@@ -104,6 +104,16 @@ def test_equal_to_plain_megatron_core(case: Case, found: dict[str, list[dict[str
         assert (result["packs"] >= 4) is (case.limit < WHOLE)
 
 
+def test_prefixes_share_turns_with_longer_and_shorter_ones(found: dict[str, list[dict[str, float]]]) -> None:
+    """In pipelines of all lengths, and with every treatment of activations."""
+    counts = {case: [found[case.name][0][which] for which in ("longer", "shorter")] for case in EXACT if case.pp > 1}
+    for stages in (2, 3, 4):
+        for way in (0, 1):
+            assert any(count[way] for case, count in counts.items() if case.pp == stages), (stages, way)
+    for activations in ("keep", "recompute", "offload"):
+        assert any(sum(count) for case, count in counts.items() if case.prefix_activations == activations), activations
+
+
 @pytest.mark.parametrize("case", ROUNDED, ids=[case.name for case in ROUNDED])
 def test_bf16_is_within_twice_the_plain_paths_own_error(case: Case, found: dict[str, Any]) -> None:
     for result in found[case.name]:

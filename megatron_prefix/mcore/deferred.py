@@ -39,9 +39,11 @@ def anchor(received: Tensor | None) -> Tensor:
     return torch.zeros((), requires_grad=True) if received is None else received
 
 
-def hold_back(received: Tensor | None, value: Tensor) -> Tensor:
-    """``value`` as a stage's output whose backward gives ``received`` zeros: the real gradient comes later."""
-    return _HoldBack.apply(anchor(received), value)
+def with_rows(x: Tensor, rows: int) -> Tensor:
+    """``x`` [T, ...] with its first rows only, or with rows of zeros behind."""
+    if rows <= len(x):
+        return x if rows == len(x) else x[:rows]
+    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
 def run_later(
@@ -52,22 +54,11 @@ def run_later(
 ) -> Tensor:
     """``value`` as a stage's output whose backward is ``backward``, which returns the gradient of ``received`` or None.
 
-    Those of the ``touched`` parameters that ``backward`` does not reach get a gradient of 0: an overlapped reduction
-    waits for all of a bucket, and the last layer's MLP, the final norm and the head have no part in a prefix's.
+    None gives ``received`` zeros. Those of the ``touched`` parameters that ``backward`` does not reach get a gradient
+    of 0: an overlapped reduction waits for all of a bucket, and the last layer's MLP, the final norm and the head have
+    no part in a prefix's.
     """
     return _RunLater.apply(anchor(received), value, backward, list(touched))
-
-
-class _HoldBack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, received: Tensor, value: Tensor) -> Tensor:
-        ctx.like = received.new_zeros(()).expand(received.shape)
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _zeros(ctx.like), None
 
 
 class _RunLater(torch.autograd.Function):

@@ -209,7 +209,16 @@ def require_prefix_attention(inner: Any) -> None:
 
 
 def _hidden_states(inner: Any, ids: StageIds, packed: PrefixPackedSeqParams, device: torch.device) -> Tensor:
-    """Hidden states after the final norm, [T, 1, hidden] (T / tp under sequence parallelism)."""
+    """Hidden states after the final norm, [T, 1, hidden] (T / tp under sequence parallelism).
+
+    What a stage received may have more rows: those behind belong to the backward of another prefix (`mcore.schedule`).
+    """
+    if not inner.pre_process:
+        ranks = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
+        rows = packed.num_padded_rows // ranks
+        received = inner.decoder.input_tensor
+        if len(received) > rows:
+            inner.set_input_tensor(received[:rows])
     tokens = None if ids.tokens is None else packed.padded(ids.tokens).to(device, non_blocking=True).unsqueeze(0)
     with _attribute(inner, "post_process", False):
         return inner(

@@ -7,6 +7,9 @@ A split group is three kinds of micro-batches in one ordinary step (1F1B, interl
     B   the parts: ordinary micro-batches whose attention reads the keys and adds to the sums of their gradients.
     C   no pack. Its forward passes an unused tensor on; its backward is that of A, once, after that of all parts.
 
+Where a C would come directly before the A of another prefix, the two are one micro-batch, with that forward and this
+backward. Their rows differ in number: what stages send each other then has the larger one, with zeros behind the other.
+
 Nothing of megatron-core's schedules is replaced: order, communication, no_sync, gradient synchronisation and
 finalize_model_grads are theirs. Source: Prefix Grouper (arXiv 2506.05433) for the sharing; the split is this package's.
 """
@@ -27,15 +30,13 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 from torch import Tensor
 
 from megatron_prefix.attention.prefix_cache import PREFIX_GRAD_DTYPES, PrefixCache
-from megatron_prefix.collectives import all_gather_object
-from megatron_prefix.layout import PartLayout
-from megatron_prefix.mcore.deferred import DeferredGraph, hold_back, run_later
+from megatron_prefix.mcore.deferred import DeferredGraph, run_later, with_rows
 from megatron_prefix.mcore.log_probs import attention_layer_numbers, prefix_hidden_states
 from megatron_prefix.mcore.schedule_trace import ScheduleTrace
 from megatron_prefix.mcore.stages import unwrap
 from megatron_prefix.mcore.step_errors import StepErrors
+from megatron_prefix.mcore.step_jobs import Job, check_stages, in_turns, jobs_of
 from megatron_prefix.mcore.step_plan import ordered_jobs
-from megatron_prefix.packing import Pack
 
 PREFIX_ACTIVATIONS = ("keep", "recompute", "offload")
 
@@ -94,18 +95,18 @@ def forward_backward_prefix_groups(
     items = [list(islice(iterator, num_microbatches)) for iterator in iterators]
     stages = parallel_state.get_pipeline_model_parallel_group() if pg_collection is None else pg_collection.pp
     for mine in items:
-        _check_stages(mine, stages)
-    queues = [_jobs(mine, num_microbatches, forward_only) for mine in items]
+        check_stages(mine, stages)
+    queues = [jobs_of(mine, num_microbatches, forward_only) for mine in items]
     config = unwrap(chunks[0]).config  # the one that megatron-core's schedules read
     packs = [job.pack for job in queues[0] if job.item is not None]
     plan = ordered_jobs(packs, config, stages.size(), max_live_prefixes, forward_only)
-    total = len(plan)
+    turns, total = [turn for turn, _ in plan], len(plan)
     if not config.calculate_per_token_loss and any(job.kind == "A" and job.has_targets for job in queues[0]):
         raise ValueError("a tree split below trained tokens needs calculate_per_token_loss=True: set it in the config")
     average = 1.0 if config.calculate_per_token_loss else total / sum(job.kind == "B" for job in queues[0])
     for queue in queues:
-        queue += [_Job("idle") for _ in range(total - len(queue))]
-        queue[:] = [queue[given] for given, _ in plan]
+        queue += [Job("idle") for begin, _ in turns if begin >= len(queue)]
+        queue[:] = in_turns(queue, turns)
         queue[-1].is_last = True
         for number, job in enumerate(queue):
             job.number = number
@@ -130,119 +131,8 @@ def forward_backward_prefix_groups(
     finally:
         for job in (job for queue in queues for job in queue):
             job.close()
-    found = sorted(zip(plan, results, strict=False), key=lambda pair: pair[0][0])  # stages but the last have no results
+    found = sorted(zip(turns, results, strict=False), key=lambda pair: pair[0])  # only the last stage has results
     return [result for _, result in found if result is not _NOTHING]
-
-
-@dataclass(eq=False)
-class _Job:
-    """One micro-batch on one model chunk.
-
-    Attributes:
-        kind: "A", "B", "C", or "idle": neither loss nor work, where an interleaved pipeline needs one more.
-        item: what the data iterator yielded (A and B).
-        begin: the A of a C.
-        number: in the step, from 0, in the order of the forwards.
-        is_last: of the step: its backward is the one during which megatron-core synchronises gradients.
-        ends_prefix: a forward-only part after which no other reads the prefix.
-        graph: of an A that has run, held until C.
-    """
-
-    kind: str
-    item: Any = None
-    begin: _Job | None = None
-    number: int = 0
-    is_last: bool = False
-    ends_prefix: bool = False
-    graph: DeferredGraph | None = None
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether an A has a loss of its own: in a tree, trained tokens that several parts continue."""
-        return bool(self.pack.response_rows.numel())
-
-    @property
-    def pack(self) -> Pack:
-        return _pack_of(self.item)
-
-    def close(self) -> None:
-        """Free what an unfinished step left."""
-        self.graph = None
-        if self.item is not None and self.pack.prefix is not None:
-            self.pack.prefix.cache = None
-
-
-def _pack_of(item: Any) -> Pack:
-    return item if isinstance(item, Pack) else item.pack
-
-
-def _jobs(items: list[Any], num_microbatches: int, forward_only: bool) -> list[_Job]:
-    """The step's micro-batches of one model chunk, with a C behind the last part of every prefix."""
-    if len(items) < num_microbatches:
-        raise ValueError(f"the data iterator ended after {len(items)} of {num_microbatches} micro-batches")
-    last_part: dict[int, int] = {}
-    begins: dict[int, _Job] = {}
-    for i, item in enumerate(items):
-        pack = _pack_of(item)
-        if pack.prefix is None:
-            continue
-        key = id(pack.prefix)
-        if pack.is_prefix:
-            if key in begins:
-                raise ValueError(f"micro-batch {i} is a prefix that came before; give every prefix once a step")
-            begins[key] = _Job("A", item)
-        elif key not in begins:
-            raise ValueError(
-                f"micro-batch {i} is a part without its prefix before it; keep the order of pack_and_split"
-            )
-        else:
-            _check_part(i, pack)
-            last_part[key] = i
-    for key, begin in begins.items():
-        if key not in last_part:
-            rows = begin.pack.layout.num_rows
-            raise ValueError(f"a prefix of {rows} rows has no part in this step; keep pack_and_split's packs together")
-    jobs: list[_Job] = []
-    for i, item in enumerate(items):
-        pack = _pack_of(item)
-        key = id(pack.prefix)
-        if pack.is_prefix:
-            jobs.append(begins[key])
-            continue
-        ends = pack.prefix is not None and last_part[key] == i
-        jobs.append(_Job("B", item, ends_prefix=ends and forward_only))
-        if ends and not forward_only:
-            jobs.append(_Job("C", begin=begins[key]))
-    if not any(job.kind == "B" for job in jobs):
-        raise ValueError(f"none of the {len(items)} micro-batches has a response; give at least one")
-    return jobs
-
-
-def _check_part(number: int, pack: Pack) -> None:
-    """Raises ValueError for a part that was made for another prefix."""
-    assert pack.prefix is not None and isinstance(pack.layout, PartLayout)
-    if pack.layout.num_cached_rows > pack.prefix.num_rows:
-        raise ValueError(
-            f"micro-batch {number} reads {pack.layout.num_cached_rows} rows of a prefix that has "
-            f"{pack.prefix.num_rows}; keep pack_and_split's packs together"
-        )
-
-
-def _check_stages(items: list[Any], group: Any) -> None:
-    """Raises ValueError on every stage when stages would run different micro-batches, once per step."""
-    packs = [_pack_of(item) for item in items]
-    prefixes: dict[int, int] = {}  # numbered as they come: parts of equal layout may belong to different groups
-    mine = [(pack.layout.checksum, prefixes.setdefault(id(pack.prefix), len(prefixes))) for pack in packs]
-    stages = all_gather_object(mine, group)
-    for stage, theirs in enumerate(stages):
-        if theirs == stages[0]:
-            continue
-        same = zip(theirs, stages[0], strict=False)
-        first = next((i for i, (a, b) in enumerate(same) if a != b), min(len(theirs), len(stages[0])))
-        raise ValueError(
-            f"pipeline stages 0 and {stage} have different micro-batches: of {len(stages[0])} and {len(theirs)}, "
-            f"number {first} is the first that differs; build the same packs in the same order on every stage"
-        )
 
 
 @dataclass(frozen=True)
@@ -262,17 +152,17 @@ class _Step:
     prefix_grad_dtype: str
     errors: StepErrors
 
-    def forward(self, jobs: Iterator[_Job], model: Any, *rest: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def forward(self, jobs: Iterator[Job], model: Any, *rest: Any) -> tuple[Tensor, Callable[..., Any]]:
         """One micro-batch, as megatron-core calls its forward_step_func."""
         job = next(jobs)
         received = _received(unwrap(model))
         if self.errors.error is None:
             with self.errors.during(job.number):
                 return self._run(job, received, model, *rest)
-        idle = _Job("idle", is_last=job.is_last)
-        return _later(idle, received, model), _no_loss
+        idle = Job("idle", is_last=job.is_last)
+        return _output_of_turn(idle, received, model), _no_loss
 
-    def _run(self, job: _Job, received: Tensor | None, model: Any, *rest: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def _run(self, job: Job, received: Tensor | None, model: Any, *rest: Any) -> tuple[Tensor, Callable[..., Any]]:
         def run() -> Any:
             return self.forward_step_func(iter([job.item]), model, *rest)
 
@@ -287,7 +177,7 @@ class _Step:
             if shared.cache is None:  # another model chunk of this rank may have opened it
                 shared.cache = PrefixCache(shared.num_rows, self.prefix_grad_dtype)
             return _encode_prefix(job, model, received, self.prefix_activations, run if job.has_targets else None)
-        return _later(job, received, model), _no_loss
+        return _output_of_turn(job, received, model), _no_loss
 
     def _loss(self, number: int, loss_func: Any, output: Tensor, **how: Any) -> Any:
         with self.errors.during(number):
@@ -299,9 +189,9 @@ class _Step:
 
 
 def _encode_prefix(
-    job: _Job, model: Any, received: Tensor | None, activations: str, run: Callable[[], Any] | None
+    job: Job, model: Any, received: Tensor | None, activations: str, run: Callable[[], Any] | None
 ) -> tuple[Tensor, Callable[..., Any]]:
-    """A: the stage's output (or loss, where there are targets) without its graph, which waits for C."""
+    """A: the stage's output without its graph, which waits for C, and the loss where there are targets."""
     inner = unwrap(model)
     leaf = None if received is None else received.detach().requires_grad_()
     has_loss = run is not None and inner.post_process
@@ -316,12 +206,12 @@ def _encode_prefix(
 
     with _holding(activations):
         output, loss_func = forward()
-    value = output.new_zeros(()) if has_loss else output.detach()
     if torch.is_grad_enabled():
         kept = None if has_loss or activations == "recompute" else output
-        job.graph = DeferredGraph(leaf, kept, again, value.new_zeros(()).expand(value.shape))
-    held = hold_back(received, value)
-    return held, partial(_loss_of_prefix, job, loss_func, output, activations) if has_loss else _no_loss
+        zero = output.new_zeros(())
+        job.graph = DeferredGraph(leaf, kept, again, zero if has_loss else zero.expand(output.shape))
+    passed_on = _output_of_turn(job, received, model, output.detach())
+    return passed_on, partial(_loss_of_prefix, job, loss_func, output, activations) if has_loss else _no_loss
 
 
 def _holding(activations: str) -> Any:
@@ -334,7 +224,7 @@ def _holding(activations: str) -> Any:
 
 
 def _loss_of_prefix(
-    job: _Job, loss_func: Any, prefix_output: Tensor, activations: str, output: Tensor, **how: Any
+    job: Job, loss_func: Any, prefix_output: Tensor, activations: str, output: Tensor, **how: Any
 ) -> Any:
     """The loss of a prefix that has targets; its backward waits for C, so megatron-core gets a zero to start from."""
     result = loss_func(prefix_output, **how)
@@ -350,32 +240,45 @@ def _received(inner: Any) -> Tensor | None:
     return None if inner.pre_process else inner.decoder.input_tensor
 
 
-def _later(job: _Job, received: Tensor | None, model: Any) -> Tensor:
-    """C and idle: an unused output, and the backward of a prefix or none."""
+def _output_of_turn(job: Job, received: Tensor | None, model: Any, encoded: Tensor | None = None) -> Tensor:
+    """A, C, both in one, and idle: what the stage passes on, whose backward is that of a prefix or none.
+
+    Args:
+        encoded: the output of an A.
+    """
+    inner = unwrap(model)
+    ended = None if job.ends is None or job.ends.graph is None else job.ends.graph.like
 
     def backward(grad: Tensor) -> Tensor | None:
-        if job.begin is None or job.begin.graph is None:
+        if ended is None:
             return None
-        result = job.begin.graph.backward(grad)
-        job.begin.graph = None
-        _cache_of(job.begin).release(attention_layer_numbers(model))
-        return result
+        assert job.ends is not None and job.ends.graph is not None
+        result = job.ends.graph.backward(
+            grad.expand(ended.shape) if inner.post_process else with_rows(grad, len(ended))
+        )
+        job.ends.graph = None
+        _cache_of(job.ends).release(attention_layer_numbers(model))
+        return None if result is None or received is None else with_rows(result, len(received))
 
-    overlap = getattr(getattr(model, "ddp_config", None), "overlap_grad_reduce", True)
-    touched = [parameter for parameter in model.parameters() if parameter.requires_grad and overlap and job.is_last]
-    return run_later(received, _output_like(job, unwrap(model)), backward, touched)
+    overlap = job.is_last and getattr(getattr(model, "ddp_config", None), "overlap_grad_reduce", True)
+    touched = [parameter for parameter in model.parameters() if overlap and parameter.requires_grad]
+    return run_later(received, _value_of_turn(inner, encoded, ended), backward, touched)
 
 
-def _output_like(job: _Job, inner: Any) -> Tensor:
-    """An unused stage output: of the shape of the prefix's for C, of as few rows as there can be for an idle one."""
-    if job.begin is not None and job.begin.graph is not None:
-        like = job.begin.graph.like
-        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+def _value_of_turn(inner: Any, encoded: Tensor | None, ended: Tensor | None) -> Tensor:
+    """A stage's output with the rows of the prefix that begins or of that which ends, whichever has more.
+
+    One row where there is neither. On the last stage a zero for the backward to begin at, of the dtype of losses.
+    """
     like = next(inner.parameters())
-    return like.new_zeros(1, 1, inner.config.hidden_size, dtype=inner.config.pipeline_dtype or like.dtype)
+    if inner.post_process:
+        return like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
+    if encoded is None:
+        encoded = like.new_zeros(1, 1, inner.config.hidden_size, dtype=inner.config.pipeline_dtype)
+    return encoded if ended is None else with_rows(encoded, max(len(encoded), len(ended)))
 
 
-def _cache_of(job: _Job) -> PrefixCache:
+def _cache_of(job: Job) -> PrefixCache:
     shared = job.pack.prefix
     assert shared is not None and shared.cache is not None
     return shared.cache

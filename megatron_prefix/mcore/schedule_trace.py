@@ -47,7 +47,7 @@ class ScheduleTrace:
             forward = _Timer(self.spans, span)
             output, loss_func = forward_step(iterator, model, *rest)
             forward.stop()
-            backward = replace(span, backward=True)
+            backward = replace(span, kind=self.jobs[number].half(True).kind, backward=True)
             _time_backward(output, self.spans, backward)
 
             def loss(output: Tensor, **how: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_prefix.packing import Pack
-from megatron_prefix.pipeline_order import order_jobs
+from megatron_prefix.pipeline_order import Turn, in_turns, order_jobs
 from megatron_prefix.pipeline_plan import (
     PipelineJob,
     PipelineRun,
@@ -31,12 +31,13 @@ def plan_step(packs: Sequence[Pack], config: Any, *, max_live_prefixes: int | No
 
 def ordered_jobs(
     packs: Sequence[Pack], config: Any, num_stages: int, max_live: int | None, forward_only: bool = False
-) -> list[tuple[int, PipelineJob]]:
-    """The order of a step's micro-batches, idle ones behind: where each stands as it comes, and its work."""
+) -> list[tuple[Turn, PipelineJob]]:
+    """The order of a step's micro-batches, idle ones behind: the jobs of each as they come, and its work."""
     jobs = pipeline_jobs(packs, pair_cost=1 / (6 * config.hidden_size), forward_only=forward_only)
     chunks, group = config.virtual_pipeline_model_parallel_size, config.microbatch_group_size_per_vp_stage
-    order = list(range(len(jobs)))
+    turns = [(n, n) for n in range(len(jobs))]
     if not forward_only:
-        order = order_jobs(jobs, num_stages, num_chunks=chunks, chunk_group=group, max_live_prefixes=max_live)
-    idle = num_idle_jobs(len(jobs), num_stages, chunks, group)
-    return [*((n, jobs[n]) for n in order), *((len(jobs) + n, PipelineJob("idle", 0.0)) for n in range(idle))]
+        turns = order_jobs(jobs, num_stages, num_chunks=chunks, chunk_group=group, max_live_prefixes=max_live)
+    idle = [PipelineJob("idle", 0.0)] * num_idle_jobs(len(turns), num_stages, chunks, group)
+    turns_of_idle = [(n, n) for n in range(len(jobs), len(jobs) + len(idle))]
+    return [*zip(turns, in_turns(jobs, turns), strict=True), *zip(turns_of_idle, idle, strict=True)]
