@@ -31,9 +31,10 @@ from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
 from megatron_prefix.mcore.schedule_trace import ScheduleTrace
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import Pack
-from megatron_prefix.pipeline_plan import PipelineRun, plan_pipeline
+from megatron_prefix.pipeline_plan import PipelineRun, pipeline_jobs, plan_pipeline
 
 LAYERS_PER_STAGE = 4
+HIDDEN = 384
 LIMIT = 640  # rows of a micro-batch
 COLOURS = {"A": "#2f6fb0", "B": "#76b900", "C": "#8e44ad", "whole": "#e08e0b"}
 LABELS = {
@@ -63,7 +64,7 @@ def packs_of_a_step(seed: int) -> list[Pack]:
 
 
 def trace_stage(rank: int, pp: int, vpp: int, seed: int, folder: str) -> None:
-    """One stage: a step to warm up, then one per order of micro-batches. The first stage writes what all did."""
+    """One stage: a step to warm up, then the one that is traced. The first stage writes what all did."""
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", pp)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=pp)
@@ -71,7 +72,7 @@ def trace_stage(rank: int, pp: int, vpp: int, seed: int, folder: str) -> None:
     initialize(ParallelSizes(pp=pp, vpp=vpp if vpp > 1 else None), seed=seed)
     config = ModelConfig(
         num_layers=LAYERS_PER_STAGE * pp,
-        hidden_size=384,
+        hidden_size=HIDDEN,
         ffn_hidden_size=1024,
         num_attention_heads=6,
         num_query_groups=2,
@@ -81,9 +82,8 @@ def trace_stage(rank: int, pp: int, vpp: int, seed: int, folder: str) -> None:
     spec = prefix_gpt_layer_spec(transformer_config(config))
     stages = range(vpp) if vpp > 1 else (None,)
     model = [build_model(config, layer_spec=spec, seed=seed, vp_stage=stage) for stage in stages]
-    packs = packs_of_a_step(seed)
-    trace, runs = ScheduleTrace(), []
-    for live in (1, 1, None):
+    packs, trace = packs_of_a_step(seed), ScheduleTrace()
+    for _ in range(2):
         iterators = [iter(packs) for _ in model]
         forward_backward_prefix_groups(
             forward_step_func=forward_step,
@@ -92,12 +92,11 @@ def trace_stage(rank: int, pp: int, vpp: int, seed: int, folder: str) -> None:
             num_microbatches=len(packs),
             seq_length=1,
             micro_batch_size=1,
-            max_live_prefixes=live,
             trace=trace,
         )
-        runs.append(trace.gather())
+    run = trace.gather()
     if rank == 0:
-        torch.save(runs[1:], f"{folder}/runs")
+        torch.save(run, f"{folder}/run")
     destroy()
 
 
@@ -128,7 +127,7 @@ def draw(axes: Axes, run: PipelineRun, title: str) -> None:
 
 
 def main() -> None:
-    """Two steps of the same packs: one group after the other, and in the order that the schedule finds."""
+    """A step in the order that the schedule finds; for comparison, the modelled one of one group after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("schedule.png"), help="PNG to write")
     parser.add_argument("--pp", type=int, default=4, help="pipeline stages")
@@ -140,22 +139,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         # Forked, so that the imports are paid for once.
         start_processes(trace_stage, (args.pp, args.vpp, args.seed, folder), args.pp, start_method="fork")
-        runs = torch.load(f"{folder}/runs", weights_only=False)
-    figure = Figure(figsize=(11, 1.6 + 0.9 * args.pp), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
-    for axes, run, name in zip(panels, runs, ("one group after the other", "as ordered by default"), strict=True):
-        modelled = plan_pipeline(run.jobs, args.pp, num_chunks=args.vpp if args.vpp > 1 else None)
-        by_cpu = run.replayed(lambda span: span.cpu_seconds)
-        console.print(
-            f"{name}: {modelled.describe()} as modelled; {run.bubble:.2f} traced by the clock, "
-            f"{by_cpu.bubble:.2f} with a processor per stage; {run.total:.1f} s and {by_cpu.total:.1f} s"
-        )
-        shown = by_cpu if few else run
-        live = f"at most {run.live_prefixes} prefixes live"
-        draw(axes, shown, f"{name}: {live}, bubble {shown.bubble:.2f} (modelled {modelled.bubble:.2f})")
+        run = torch.load(f"{folder}/run", weights_only=False)
+    chunks = args.vpp if args.vpp > 1 else None
+    jobs = pipeline_jobs(packs_of_a_step(args.seed), pair_cost=1 / (6 * HIDDEN))
+    in_turn = plan_pipeline(jobs, args.pp, num_chunks=chunks)
+    modelled = plan_pipeline([job for job in run.jobs if job.kind != "idle"], args.pp, num_chunks=chunks)
+    by_cpu = run.replayed(lambda span: span.cpu_seconds)
+    console.print(f"one group after the other: {in_turn.describe()} as modelled")
+    console.print(
+        f"as ordered: {modelled.describe()} as modelled; {run.bubble:.2f} traced by the clock, "
+        f"{by_cpu.bubble:.2f} with a processor per stage; {run.total:.1f} s and {by_cpu.total:.1f} s"
+    )
+    shown = by_cpu if few else run
+    figure = Figure(figsize=(11, 1.4 + 0.5 * args.pp), layout="constrained")
+    axes = figure.subplots()
+    live = f"at most {run.live_prefixes} prefixes live"
+    draw(axes, shown, f"{live}, bubble {shown.bubble:.2f} (modelled {modelled.bubble:.2f})")
     handles = [Patch(color=COLOURS[kind], label=label) for kind, label in LABELS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    panels[-1].set_xlabel("seconds of processor time" if few else "seconds")
+    axes.set_xlabel("seconds of processor time" if few else "seconds")
     figure.savefig(args.out, dpi=130)
 
 

@@ -1,7 +1,10 @@
 """What `forward_backward_prefix_groups` refuses, what stages tell each other, and losses averaged over packs."""
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from torch import Tensor
 from megatron_prefix import LossConfig, Pack, RolloutGroup, pack_groups
 from megatron_prefix.mcore.log_probs import response_log_probs
 from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
+from megatron_prefix.mcore.step_plan import plan_step
 from megatron_prefix.mcore.training import PolicyTrainer
 from megatron_prefix.splitting import pack_and_split
 from tests import pipeline_cases as pc
@@ -150,6 +154,61 @@ def test_stages_with_different_micro_batches_raise_on_every_stage() -> None:
         for name, first in firsts.items():
             assert "pipeline stages 0 and 1 have different micro-batches" in messages.get(name, "(no error)"), name
             assert f"number {first} is the first that differs" in messages[name], messages[name]
+
+
+# ---- errors in a step in which prefixes share turns
+
+
+def failing_everywhere(rank: int, world_size: int) -> dict[str, Any]:
+    """Steps that fail in each call of each stage's forward step, the shared turn of a trained prefix among them."""
+    case = Case(pp=2, steps=0)
+    start(pp=2)
+    trainer = PolicyTrainer(pc.build(case), pc.settings_of(case), LossConfig())
+    packs = pc.packs_of_rank(trainer, case)
+    inputs, plain = pc.inputs_of(packs), trainer.log_probs_fn
+    caches: list[weakref.ref[Any]] = []
+    calls, fails_at = 0, -1
+
+    def log_probs(model: Any, pack: Pack, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if pack.prefix is not None:
+            caches.append(weakref.ref(pack.prefix.cache))
+        if calls == fails_at:
+            raise KeyError(f"call {calls}")
+        return plain(model, pack, **settings)
+
+    def gradients(failing: int = -1) -> list[Tensor]:
+        nonlocal calls, fails_at
+        calls, fails_at = 0, failing
+        trainer.gradients(inputs)
+        return [p.main_grad.clone() for chunk in trainer.chunks for p in chunk.parameters()]
+
+    trainer.log_probs_fn = log_probs
+    gc.disable()
+    before = gradients()
+    held = sum(cache() is not None for cache in caches)
+    gc.enable()
+    errors = []
+    for stage, call in product(range(2), range(1, calls + 1)):
+        try:
+            gradients(call if rank == stage else -1)
+        except (KeyError, RuntimeError) as error:
+            errors.append(f"call {call}" in str(error) and isinstance(error, KeyError) is (rank == stage))
+        assert all(pack.prefix is None or pack.prefix.cache is None for pack in packs)
+    after = gradients()
+    shared = [job for job in plan_step(packs, trainer.config).jobs if job.ends is not None]
+    return {
+        "calls": calls, "errors": errors, "held": held, "shared": len(shared),
+        "equal": all(a.equal(b) for a, b in zip(before, after, strict=True)),
+    }  # fmt: skip
+
+
+def test_an_error_ends_a_step_with_shared_turns_and_the_next_one_works() -> None:
+    for found in run_distributed(failing_everywhere, 2, timeout_s=TIMEOUT_S):
+        assert found["shared"] > 0 and found["calls"] >= 14
+        assert found["errors"] == [True] * 2 * found["calls"]
+        assert found["held"] == 0 and found["equal"]
 
 
 # ---- losses that megatron-core averages over micro-batches
