@@ -211,9 +211,10 @@ def require_prefix_attention(inner: Any) -> None:
 def _hidden_states(inner: Any, ids: StageIds, packed: PrefixPackedSeqParams, device: torch.device) -> Tensor:
     """Hidden states after the final norm, [T, 1, hidden] (T / tp under sequence parallelism).
 
-    What a stage received may have more rows: those behind belong to the backward of another prefix (`mcore.schedule`).
+    For a split group's prefix a stage may have received more rows: those behind belong to the backward of another one
+    (`mcore.schedule`).
     """
-    if not inner.pre_process:
+    if packed.is_prefix and not inner.pre_process:
         ranks = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
         rows = packed.num_padded_rows // ranks
         received = inner.decoder.input_tensor

@@ -167,6 +167,11 @@ class PrefixPackedSeqParams(PackedSeqParams):
         """Rows of the micro-batch on this rank, with padding."""
         return self.row_positions.numel()
 
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the micro-batch is the prefix of a split group, whose keys are exported."""
+        return self.prefix_cache is not None and not isinstance(self.layout, PartLayout)
+
     def take(self, x: Tensor) -> Tensor:
         """This rank's rows of ``x`` [T, ...] on the CPU."""
         return x if self.rows is None else x[self.rows]
@@ -218,5 +223,5 @@ class PrefixPackedSeqParams(PackedSeqParams):
     def _split_layer(self, number: int) -> SplitLayer | None:
         if self.prefix_cache is None:
             return None
-        reads = isinstance(self.layout, PartLayout)
+        reads = not self.is_prefix
         return SplitLayer(self.prefix_cache, number, reads, number == self.keys_only_layer)
