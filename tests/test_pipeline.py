@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_prefix import RolloutGroup, pack_groups, response_log_probs
 from megatron_prefix.mcore.equivalence import TOLERANCE
 from megatron_prefix.splitting import pack_and_split
 from tests import pipeline_cases as pc
 from tests.distributed import run_distributed
+from tests.mcore_helpers import start
 from tests.pipeline_cases import WHOLE, Case
 
 TIMEOUT_S = 240  # for a busy machine; alone it is a tenth
@@ -141,3 +143,21 @@ def test_the_batch_is_cut_into_2_to_5_unequal_parts() -> None:
     assert sorted(len(rows) for rows in parts.values()) == [2, 3, 5]
     assert all(len(set(rows)) > 1 for rows in parts.values())
     assert sum(pack.prefix is None for pack in packs) == 3
+
+
+def rows_of_another_layout(rank: int, world_size: int) -> str:
+    """What the second stage says of hidden states that are one row longer than its pack, which is no prefix."""
+    start(pp=world_size)
+    case = Case(pp=world_size, dtype="float32")
+    (model,) = pc.build(case)
+    (pack,) = pack_groups([RolloutGroup([1, 2, 3], [[4, 5], [6]], [0.0, 1.0])])
+    if rank == 0:
+        return ""
+    model.set_input_tensor(torch.zeros(pack.layout.num_rows + 1, 1, model.config.hidden_size))
+    with pytest.raises(ValueError, match="this pipeline stage received") as refused:
+        response_log_probs(model, pack)
+    return str(refused.value)
+
+
+def test_a_stage_refuses_rows_of_another_layout() -> None:
+    assert "this pipeline stage received 6 rows, its pack has 5" in run_distributed(rows_of_another_layout, 2)[1]

@@ -208,18 +208,34 @@ def require_prefix_attention(inner: Any) -> None:
             )
 
 
+def _fit_received(inner: Any, packed: PrefixPackedSeqParams) -> None:
+    """Hold what the stage before sent to the pack's rows.
+
+    For a split group's prefix there may be more: those behind belong to the backward of another one (`mcore.schedule`).
+
+    Raises:
+        ValueError: another number of rows.
+    """
+    ranks = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
+    rows = packed.num_padded_rows // ranks
+    received = inner.decoder.input_tensor
+    if packed.is_prefix and len(received) > rows:
+        inner.set_input_tensor(received[:rows])
+    elif len(received) != rows:
+        raise ValueError(
+            f"this pipeline stage received {len(received)} rows, its pack has {rows}: stages run different "
+            "micro-batches; build the same packs in the same order on every stage"
+        )
+
+
 def _hidden_states(inner: Any, ids: StageIds, packed: PrefixPackedSeqParams, device: torch.device) -> Tensor:
     """Hidden states after the final norm, [T, 1, hidden] (T / tp under sequence parallelism).
 
-    For a split group's prefix a stage may have received more rows: those behind belong to the backward of another one
-    (`mcore.schedule`).
+    Raises:
+        ValueError: the stage before sent another number of rows than the pack has.
     """
-    if packed.is_prefix and not inner.pre_process:
-        ranks = inner.config.tensor_model_parallel_size if inner.config.sequence_parallel else 1
-        rows = packed.num_padded_rows // ranks
-        received = inner.decoder.input_tensor
-        if len(received) > rows:
-            inner.set_input_tensor(received[:rows])
+    if not inner.pre_process:
+        _fit_received(inner, packed)
     tokens = None if ids.tokens is None else packed.padded(ids.tokens).to(device, non_blocking=True).unsqueeze(0)
     with _attribute(inner, "post_process", False):
         return inner(
