@@ -22,6 +22,7 @@ DEVICES: dict[str, tuple[str, int, int, int, int]] = {
     "a100": ("NVIDIA A100", 800, 108, 166912, 41943040),
     "h100": ("NVIDIA H100", 900, 132, 232448, 52428800),
     "b200": ("NVIDIA B200", 1000, 148, 232448, 132644864),
+    "rtx": ("NVIDIA RTX PRO 6000 Blackwell", 1200, 188, 101376, 134217728),
 }
 
 
@@ -44,6 +45,7 @@ class Graph:
 
     def __init__(self, device: str, call: str, dims: tuple[int, int]) -> None:
         _, version, processors, *_ = DEVICES[device]
+        self.packed_stats = version < 1200  # else [B, H, rows, 1], as Transformer Engine has it there
         self.rows_q, self.rows_kv = ROWS[call]
         self.dim, self.dim_v = dims
         self.graph = cudnn.pygraph(
@@ -81,20 +83,34 @@ class Graph:
         dim, stride = self._shape(heads, rows, width)
         return tensor.set_output(True).set_dim(dim).set_stride(stride).set_ragged_offset(self.offsets[like])
 
+    def _stats(self, stats: Any) -> Any:
+        """The log-sum-exp row by row as q, or dense."""
+        if self.packed_stats:
+            return self._output(stats, QUERY_HEADS, self.rows_q, 1, "stats")
+        stride = [QUERY_HEADS * self.rows_q, self.rows_q, 1, 1]
+        return stats.set_output(True).set_dim([SEQUENCES, QUERY_HEADS, self.rows_q, 1]).set_stride(stride)
+
+    def _given_stats(self) -> Any:
+        if self.packed_stats:
+            return self._tensor("stats", QUERY_HEADS, self.rows_q, 1, FLOAT)
+        stride = [QUERY_HEADS * self.rows_q, self.rows_q, 1, 1]
+        dim = [SEQUENCES, QUERY_HEADS, self.rows_q, 1]
+        return self.graph.tensor(name="stats", dim=dim, stride=stride, data_type=FLOAT)
+
     def forward(self) -> None:
         out, stats = self.graph.sdpa(q=self.q, k=self.k, v=self.v, attn_scale=0.1, generate_stats=True, **self.mask)
         self._output(out, QUERY_HEADS, self.rows_q, self.dim_v, "o")
-        self._output(stats, QUERY_HEADS, self.rows_q, 1, "stats").set_data_type(FLOAT)
+        self._stats(stats).set_data_type(FLOAT)
         self._check()
 
     def backward(self, deterministic: bool) -> None:
         out = self._tensor("o", QUERY_HEADS, self.rows_q, self.dim_v)
         dout = self._tensor("do", QUERY_HEADS, self.rows_q, self.dim_v, like="o")
-        stats = self._tensor("stats", QUERY_HEADS, self.rows_q, 1, FLOAT)
+        stats = self._given_stats()
+        totals = {"max_total_seq_len_q": self.rows_q, "max_total_seq_len_kv": self.rows_kv} if self.packed_stats else {}
         dq, dk, dv = self.graph.sdpa_backward(
             q=self.q, k=self.k, v=self.v, o=out, dO=dout, stats=stats, attn_scale=0.1,
-            max_total_seq_len_q=self.rows_q, max_total_seq_len_kv=self.rows_kv,
-            use_deterministic_algorithm=deterministic, **self.mask,
+            use_deterministic_algorithm=deterministic, **totals, **self.mask,
         )  # fmt: skip
         self._output(dq, QUERY_HEADS, self.rows_q, self.dim, "q")
         self._output(dk, KEY_HEADS, self.rows_kv, self.dim, "k")

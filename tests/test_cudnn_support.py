@@ -1,4 +1,4 @@
-"""What `TeSupport` lets pass is what cuDNN itself accepts for an A100, H100 and B200, asked without a GPU."""
+"""What `TeSupport` lets pass is what cuDNN itself accepts on an A100, H100, B200 or RTX PRO 6000, asked without."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 from megatron_prefix.attention.te_library import TeSupport
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHS = {"a100": (8, 0), "h100": (9, 0), "b200": (10, 0)}
+ARCHS = {"a100": (8, 0), "h100": (9, 0), "b200": (10, 0), "rtx": (12, 0)}
 DIMS = [(64, 64), (128, 128), (64, 96), (136, 136), (192, 128), (192, 192), (256, 256), (60, 60)]
 
 

@@ -36,7 +36,8 @@ H100, B200, B300, RTX = (9, 0), (10, 0), (10, 3), (12, 0)
         ((2, 12), (9, 14, 0), H100, (256, 128), "equal ones, or 192 and 128, above 128"),
         ((2, 12), (9, 14, 0), B200, (192, 192), "sm100 with cuDNN 9.14.0 trains with head dims up to 128"),
         ((2, 12), (9, 10, 2), B200, (192, 128), "head dims up to 128 that are multiples of 8, or 192 and 128, got 192"),
-        ((2, 18), (9, 20, 0), RTX, (192, 128), "head dims up to 128 that are multiples of 8, got 192 for q and k"),
+        ((2, 18), (9, 20, 0), RTX, (192, 128), "equal head dims up to 128 that are multiples of 8, got 192 for q"),
+        ((2, 18), (9, 20, 0), RTX, (64, 96), "equal head dims up to 128 that are multiples of 8, got 64 for q and k"),
     ],
 )  # fmt: skip
 def test_what_is_refused(
@@ -55,7 +56,7 @@ def test_what_is_refused(
         ((2, 20), (9, 14, 0), H100, (64, 96)),
         ((2, 10), (9, 7, 0), B200, (128, 128)),
         ((2, 12), (9, 11, 0), B300, (192, 128)),
-        ((2, 15), (9, 18, 1), RTX, (128, 64)),
+        ((2, 15), (9, 18, 1), RTX, (128, 128)),
     ],
 )
 def test_what_is_taken(
@@ -97,7 +98,7 @@ def test_auto_prefers_transformer_engine_where_it_can_run(monkeypatch: pytest.Mo
     monkeypatch.setitem(KERNELS, "te", kernel := TeKernel())
     kernel.__dict__["_te"] = "not here"
     assert check_impl("auto", gpu, BF16, 64) == "flash"
-    kernel.__dict__ |= {"_te": (2, 12), "_cudnn": (9, 14, 0)}
+    kernel.__dict__ |= {"_te": (2, 12), "_cudnn": (9, 14, 0), "_library": object()}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
     assert check_impl("auto", gpu, BF16, 64) == check_impl("te", gpu, BF16, 192, 128) == "te"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -106,6 +107,22 @@ def test_auto_prefers_transformer_engine_where_it_can_run(monkeypatch: pytest.Mo
         check_impl("te", gpu, BF16, 64)
     with pytest.raises(ValueError, match=r"finds no kernel: impl='te' needs Hopper.*; impl='flash' takes bf16 or fp16"):
         check_impl("auto", gpu, torch.float32, 64)
+
+
+def test_functions_that_are_not_known_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_arguments(support: TeSupport) -> None:
+        raise ImportError("fused_attn_fwd of Transformer Engine 2.12 has other arguments")
+
+    monkeypatch.setattr(te_kernel, "load", other_arguments)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
+    monkeypatch.setitem(KERNELS, "te", kernel := TeKernel())
+    kernel.__dict__ |= {"_te": (2, 12), "_cudnn": (9, 14, 0)}
+    gpu = torch.device("cuda")
+    with pytest.raises(
+        ValueError, match="impl='te' cannot use what is installed: fused_attn_fwd of"
+    ):
+        check_impl("te", gpu, BF16, 64)
+    assert check_impl("auto", gpu, BF16, 64) == "flash"
 
 
 def test_a_missing_or_broken_transformer_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,9 +27,14 @@ class TeKernel:
             return f"impl='te' runs on CUDA, the tensors are on {device}; use impl='sdpa'"
         if isinstance(self._te, str):
             return self._te
-        return self.support(device).refusal(
-            dtype, head_dim, head_dim_v, deterministic=torch.are_deterministic_algorithms_enabled()
-        )
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        refusal = self.support(device).refusal(dtype, head_dim, head_dim_v, deterministic)
+        if refusal is None:
+            try:
+                self.functions(device)
+            except ImportError as error:
+                return f"impl='te' cannot use what is installed: {error}"
+        return refusal
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, softmax_scale: float) -> tuple[Tensor, Tensor]:
         """One launch for the whole call."""

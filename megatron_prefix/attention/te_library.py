@@ -94,7 +94,7 @@ class TeSupport:
         if head_dim % 8 or head_dim_v % 8:
             return False
         if max(head_dim, head_dim_v) <= 128:
-            return True
+            return head_dim == head_dim_v or self.arch < (12, 0)
         if self.arch < (10, 0):
             # cuDNN 9.11 and newer: wrong for two wide head dims that differ, but for those of DeepSeek's MLA.
             differ = head_dim != head_dim_v and min(head_dim, head_dim_v) >= 128
@@ -105,7 +105,9 @@ class TeSupport:
     def _head_dims(self) -> str:
         if self.arch < (10, 0):
             return "head dims up to 256 that are multiples of 8 (equal ones, or 192 and 128, above 128)"
-        return "head dims up to 128 that are multiples of 8" + ", or 192 and 128" * (self.arch < (12, 0))
+        if self.arch < (12, 0):
+            return "head dims up to 128 that are multiples of 8, or 192 and 128"
+        return "equal head dims up to 128 that are multiples of 8"
 
 
 class FusedAttention:
