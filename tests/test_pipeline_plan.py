@@ -96,6 +96,16 @@ def ordered(jobs: list[PipelineJob], stages: int, chunks: int | None, live: int 
     return plan_pipeline(in_turns(jobs, order), stages, num_chunks=chunks)
 
 
+@pytest.mark.parametrize("stages", [2, 4, 8])
+@pytest.mark.parametrize("prefix", [1, 2, 4])
+def test_a_heavy_prefix_costs_no_more_than_an_ordinary_micro_batch_of_its_work(prefix: int, stages: int) -> None:
+    """megatron-core's schedule on ordinary micro-batches, the largest first, which is the better order."""
+    group = [("A", prefix), *[("B", 1)] * 4, ("C", prefix)]
+    split = [PipelineJob(kind, work, g) for g in range(8) for kind, work in group]
+    ordinary = [PipelineJob("whole", work) for work in [prefix] * 8 + [1] * 32]
+    assert ordered(split, stages, None).bubble <= plan_pipeline(ordinary, stages).bubble + BUBBLE_TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("jobs", "stages", "chunks", "before", "after"),
     [(EVEN, 2, None, 0.17, 0.03), (EVEN, 4, None, 0.20, 0.07), (PUBLISHED, 4, None, 0.49, 0.28),
