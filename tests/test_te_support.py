@@ -118,9 +118,7 @@ def test_functions_that_are_not_known_are_refused_before_any_work(monkeypatch: p
     monkeypatch.setitem(KERNELS, "te", kernel := TeKernel())
     kernel.__dict__ |= {"_te": (2, 12), "_cudnn": (9, 14, 0)}
     gpu = torch.device("cuda")
-    with pytest.raises(
-        ValueError, match="impl='te' cannot use what is installed: fused_attn_fwd of"
-    ):
+    with pytest.raises(ValueError, match="impl='te' cannot use what is installed: fused_attn_fwd of"):
         check_impl("te", gpu, BF16, 64)
     assert check_impl("auto", gpu, BF16, 64) == "flash"
 
