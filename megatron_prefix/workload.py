@@ -1,0 +1,73 @@
+"""How much work a pack is: counts of rows and pairs, without building it. Plain Python on lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prefix.layout import PartLayout, PrefixLayout
+from megatron_prefix.rollout_group import RolloutGroup
+from megatron_prefix.rollout_tree import RolloutTree, path_of
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Counts that a micro-batch's time and memory depend on. Those of two groups in one pack add (``+``).
+
+    Attributes:
+        rows: input rows, T.
+        target_rows: rows with a target, which the output layer computes.
+        pairs: (query, key) pairs of the attention mask.
+        merged_rows: over all tree levels, rows whose attention is merged with that of an ancestor's keys.
+        levels: tree levels with such rows, each one more varlen call per layer. Of several groups the most that one has.
+    """
+
+    rows: int = 0
+    target_rows: int = 0
+    pairs: int = 0
+    merged_rows: int = 0
+    levels: int = 0
+
+    def __add__(self, other: Workload) -> Workload:
+        return Workload(
+            self.rows + other.rows,
+            self.target_rows + other.target_rows,
+            self.pairs + other.pairs,
+            self.merged_rows + other.merged_rows,
+            max(self.levels, other.levels),
+        )
+
+    @classmethod
+    def of_layout(cls, layout: PrefixLayout, target_rows: int) -> Workload:
+        """Of a pack, also of a split group's prefix or part."""
+        ancestors = [*layout.ancestor_levels, *(layout.cached_levels if isinstance(layout, PartLayout) else ())]
+        merged = sum(r.q_end - r.q_start for level in ancestors for r in level)
+        return cls(layout.num_rows, target_rows, layout.area, merged, len(ancestors))
+
+    @classmethod
+    def of_group(cls, group: RolloutGroup | RolloutTree) -> Workload:
+        """Of a group that shares its prefix, in a pack of its own."""
+        if isinstance(group, RolloutTree):
+            targets = sum(len(node.tokens) for node in group.nodes if node.rollouts)
+            return cls.of_layout(group.layout, targets)
+        prefix = len(group.prompt) - 1
+        lengths = [len(tokens) for tokens in group.responses]
+        rows = sum(lengths)
+        pairs = _triangle(prefix) + sum(prefix * length + _triangle(length) for length in lengths)
+        return cls(prefix + rows, rows, pairs, rows if prefix else 0, 1 if prefix else 0)
+
+    @classmethod
+    def repeated(cls, group: RolloutGroup | RolloutTree) -> Workload:
+        """Of the same rollouts as sequences of their own, each with its prefix."""
+        if isinstance(group, RolloutTree):
+            paths = [path_of(group, rollout) for rollout in range(len(group.rewards))]
+            lengths = [sum(len(node.tokens) for node in path) - 1 for path in paths]
+            targets = sum(len(node.tokens) for r, path in enumerate(paths) for node in path if r in node.rollouts)
+        else:
+            targets = sum(len(tokens) for tokens in group.responses)
+            lengths = [len(group.prompt) - 1 + len(tokens) for tokens in group.responses]
+        return cls(sum(lengths), targets, sum(map(_triangle, lengths)))
+
+
+def _triangle(rows: int) -> int:
+    """Pairs of causal attention over a sequence."""
+    return rows * (rows + 1) // 2
