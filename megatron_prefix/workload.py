@@ -18,7 +18,7 @@ class Workload:
         target_rows: rows with a target, which the output layer computes.
         pairs: (query, key) pairs of the attention mask.
         merged_rows: over all tree levels, rows whose attention is merged with that of an ancestor's keys.
-        levels: tree levels with such rows, each one more varlen call per layer. Of several groups the most that one has.
+        levels: tree levels with such rows, each one more varlen call per layer; the most of several groups.
     """
 
     rows: int = 0
