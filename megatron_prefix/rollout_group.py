@@ -79,7 +79,8 @@ class RolloutGroup:
                 f"{group} has {len(scores)} rewards for {len(rows)} responses; give one reward per response"
             )
         numbers = [
-            _finite(f"{group}, reward {i}", r, "score the response again or drop it") for i, r in enumerate(scores)
+            finite_number(f"{group}, reward {i}", r, "score the response again or drop it")
+            for i, r in enumerate(scores)
         ]
         sampled = _per_token(group, "log_probs", log_probs, rows)
         masks = _per_token(group, "loss_masks", loss_masks, rows)
@@ -223,7 +224,8 @@ def token_ids(where: str, value: Any) -> Sequence[int]:
     return ids
 
 
-def _finite(where: str, value: Any, remedy: str) -> float:
+def finite_number(where: str, value: Any, remedy: str) -> float:
+    """``value`` as a float. Raises ValueError when it is no finite number; the message has ``where`` and ``remedy``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{where} must be a number, got {reprlib.repr(value)}; {remedy}")
     try:
@@ -260,7 +262,7 @@ def _log_probs(group: str, lists: list[Sequence[Any] | None] | None) -> tuple[tu
         if values is None:
             raise ValueError(f"{group}, response {i} has no log_probs but others have; give them for all or for none")
         where, remedy = f"{group}, response {i}, log_probs at position", "leave log_probs out if the sampler has none"
-        checked.append(tuple(_finite(f"{where} {t}", value, remedy) for t, value in enumerate(values)))
+        checked.append(tuple(finite_number(f"{where} {t}", value, remedy) for t, value in enumerate(values)))
     return tuple(checked)
 
 
