@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,6 +89,6 @@ def _log_probs(where: str, values: Any, generated: Sequence[bool]) -> tuple[floa
     return tuple(
         finite_number(f"{where}, log_probs at position {t}", value, "leave log_probs out if the sampler has none")
         if own
-        else float("nan")
+        else math.nan
         for t, (value, own) in enumerate(zip(values, generated, strict=True))
     )
