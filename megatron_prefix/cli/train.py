@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+import torch.distributed as dist
 
 from megatron_prefix.attention import resolve_impl
+from megatron_prefix.checkpoint_folder import latest_checkpoint
 from megatron_prefix.cli.comparison import compare_with_repeated, show_comparison
 from megatron_prefix.cli.console import print_json, progress_bar, stderr_console
+from megatron_prefix.cli.metrics import MetricsFlags, MetricsLog, metrics_options
 from megatron_prefix.cli.options import (
     ModelFlags,
     ParallelFlags,
@@ -26,24 +29,33 @@ from megatron_prefix.cli.options import (
 from megatron_prefix.cli.pipeline_options import max_tokens_option
 from megatron_prefix.cli.plots import plot_comparison
 from megatron_prefix.cli.resume import check_resume, check_same_model
+from megatron_prefix.cli.run_options import (
+    SaveFlags,
+    bytes_per_parameter,
+    save_options,
+    schedule_options,
+)
 from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
 from megatron_prefix.loss import LossConfig
-from megatron_prefix.mcore.checkpoint import (
-    fingerprint,
-    latest_checkpoint,
-    load_checkpoint,
-)
+from megatron_prefix.mcore.checkpoint import WEIGHTS, fingerprint, load_checkpoint
 from megatron_prefix.mcore.core_attention import attention_layers
 from megatron_prefix.mcore.fused import describe_implementations
+from megatron_prefix.mcore.lr_schedule import LrSchedule
+from megatron_prefix.mcore.nonfinite import NonFiniteError
 from megatron_prefix.mcore.parallel import destroy
+from megatron_prefix.mcore.rng_state import load_rng_state
+from megatron_prefix.mcore.run_checkpoints import RunCheckpoints
 from megatron_prefix.mcore.step_plan import plan_step
-from megatron_prefix.mcore.step_source import StoredRollouts
+from megatron_prefix.mcore.step_source import StepBatch, StoredRollouts
 from megatron_prefix.mcore.tokens import groups_on_this_rank
 from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
-from megatron_prefix.mcore.training_loop import Checkpoints, TrainingLoop
+from megatron_prefix.mcore.training_loop import TrainingLoop
 from megatron_prefix.model_config import ModelConfig
+from megatron_prefix.model_flops import ModelSize
 from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup, read_rollouts
+from megatron_prefix.step_metrics import StepMeter
+from megatron_prefix.stop_signals import StopSignals
 
 
 @click.command("train")
@@ -55,16 +67,21 @@ from megatron_prefix.rollouts import RolloutGroup, read_rollouts
 )
 @click.option("--groups-per-step", type=click.IntRange(1), default=2, help="Prefix groups of the global batch.")
 @max_tokens_option
-@click.option("--save", type=click.Path(file_okay=False, path_type=Path), help="Folder of the checkpoints.")
-@click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints; default: at the end only.")
-@click.option("--resume", is_flag=True, help="Go on from the latest checkpoint in --save, where there is one.")
-@click.option("--metrics", type=click.Path(dir_okay=False, path_type=Path), help="Append one JSON line per step.")
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    help="A step whose loss or gradient is not finite updates nothing: stop there, or go on with the next.",
+)
 @click.option("--compare", type=click.IntRange(0), default=0, help="Afterwards, run so many groups both ways.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="PNG of the comparison.")
 @click.option("--seed", type=int, default=0, help="Of the order of the groups and of random weights.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@save_options
+@metrics_options
 @loss_options
 @train_options
+@schedule_options
 @model_options
 @parallel_options
 def train_command(
@@ -72,16 +89,16 @@ def train_command(
     steps: int,
     groups_per_step: int,
     max_tokens_per_microbatch: int | None,
-    save: Path | None,
-    save_every: int | None,
-    resume: bool,
-    metrics: Path | None,
+    on_nonfinite: str,
     compare: int,
     plot: Path | None,
     seed: int,
     as_json: bool,
+    saving: SaveFlags,
+    writers: MetricsFlags,
     loss: LossConfig,
     settings: TrainSettings,
+    schedule: LrSchedule,
     flags: ModelFlags,
     parallel: ParallelFlags,
 ) -> None:
@@ -90,14 +107,17 @@ def train_command(
     The old log-probs (and the reference policy's, with --kl-coef) are those of the model at the start, through the same
     grouped path. The loss is the mean over the global batch, however it is cut into packs and over ranks.
 
+    SIGTERM or Ctrl-C ends a run after the step that it is in; with --save it is saved there, and --resume goes on.
+
     \b
     megatron-prefix train --model smollm2 --rollouts rollouts.jsonl --steps 8 --save out
     torchrun --nproc-per-node 4 -m megatron_prefix train --tp 2 --model smollm2 --rollouts rollouts.jsonl
     """
-    if (resume or save_every) and save is None:
-        raise ValueError("--resume and --save-every need --save, the folder of the checkpoints")
     if plot and not compare:
         raise ValueError("--plot draws the comparison: add --compare 1")
+    if schedule.lr_decay_steps is None:
+        schedule = replace(schedule, lr_decay_steps=max(steps, 1))
+    settings = replace(settings, schedule=schedule)
     config = flags.config()
     groups = read_rollouts(rollouts)
     num_parts = [len(split.parts) for split in check_groups(groups, config, max_tokens_per_microbatch)]
@@ -115,22 +135,22 @@ def train_command(
         "dtype": flags.dtype,
     }
     names = {"model": str(flags.model), "rollouts": str(rollouts)}
-    start = latest_checkpoint(save) if save else None
-    if start and not resume:
-        raise ValueError(f"--save {save} already holds {start.name}; add --resume to go on, or name another folder")
-    saved = check_resume(start, config, state, rollouts) if start else {"step": 0}
-    first: int = saved["step"]
+    size = ModelSize.of(config)
+    saving.check(size.parameters * bytes_per_parameter(flags.torch_dtype, settings.optimizer))
+    for option, folder in (*writers.folders(), *([("--plot", plot.parent)] if plot else [])):
+        check_writable(option, folder)
     sizes = parallel.start(seed)
     if min(groups_per_step, len(groups)) < (sizes.dp or 1):
         raise ValueError(
             f"{min(groups_per_step, len(groups))} groups per step cannot feed {sizes.dp} data-parallel ranks; raise "
             "--groups-per-step"
         )
-    for option, path in (("--save", save), ("--metrics", metrics), ("--plot", plot)):
-        if path is not None:
-            check_writable(option, path if option == "--save" else path.parent)
+    console = stderr_console()
+    start = saving.start_from(console)
+    saved = check_resume(start, config, state, rollouts) if start else {"step": 0}
+    first: int = saved["step"]
     model = flags.build(config, parallel, seed=seed)
-    if save:
+    if saving.save:
         state["model_fingerprint"] = fingerprint(model)
     if start:
         check_same_model(start, saved, state | names)
@@ -148,7 +168,6 @@ def train_command(
     left = range(first, steps)
     with progress_bar("old log-probs", len(source.groups_to_measure(left)), unit="tokens") as advance:
         source.measure_old_log_probs(left, advance)
-    console = stderr_console()
     console.print(_banner(config, flags, sizes, len(groups), first, steps))
     console.print(describe_implementations(trainer.optimizer, trainer.chunks), markup=False)
     if num_parts:
@@ -162,24 +181,48 @@ def train_command(
         layers = attention_layers(trainer.config, parallel.cp_a2a)
         console.print(_placement(groups[0], sizes.cp, settings.cp_placement, layers))
     tokenizer_from = flags.model if flags.model and flags.model.is_dir() else None
-    checkpoints = Checkpoints(save, config, state | names, save_every, tokenizer_from) if save else None
+    checkpoints = None
+    if save_settings := saving.settings():
+        checkpoints = RunCheckpoints(save_settings, trainer, config, state | names, tokenizer_from=tokenizer_from)
+    meter = StepMeter(size, dist.get_world_size(), writers.peak_flops())
     result: dict[str, Any] = {"steps": steps, "resumed_from": first}
-    with progress_bar("train", max(steps - first, 0), unit="tokens") as advance:
+    with (
+        progress_bar("train", max(steps - first, 0), unit="tokens") as advance,
+        MetricsLog(writers, meter, first if start else None) as log,
+        StopSignals() as stop,
+    ):
 
-        def on_step(step: int, measured: dict[str, float]) -> None:
-            advance(units=int(measured["tokens"]), note=f"loss {measured['loss']:+.4f} reward {measured['reward']:.3f}")
-            _append(metrics, {"step": step} | measured)
+        def on_step(step: int, batch: StepBatch, measured: dict[str, float]) -> None:
+            line = log.write(step, batch.groups, measured)
+            advance(units=int(line["tokens"]), note=f"loss {line['loss']:+.4f} reward {line['reward']:.3f}")
+            result.update(line)
 
-        loop = TrainingLoop(trainer, source, on_step, checkpoints)
+        loop = TrainingLoop(
+            trainer,
+            source,
+            on_step,
+            checkpoints=checkpoints,
+            stop=stop,
+            nonfinite_folder=saving.save / "nonfinite" if saving.save else writers.beside("nonfinite"),
+            skip_nonfinite=on_nonfinite == "skip",
+        )
         if start:
             load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
+            if not load_rng_state(start / WEIGHTS):
+                console.print("random generators start anew: the checkpoint was saved at other parallel sizes")
             loop.load_state_dict(saved)
-        result |= loop.run(steps)
+        try:
+            loop.run(steps)
+        except NonFiniteError as error:
+            raise click.ClickException(str(error)) from error
     if not left:
         console.print(f"nothing to do: {start} is at step {first} of {steps}; raise --steps to train on")
-    if save:
-        console.print(f"checkpoint: {latest_checkpoint(save)}")
-    if compare:
+    if saving.save:
+        console.print(f"checkpoint: {latest_checkpoint(saving.save)}")
+    if loop.step < steps:
+        console.print(f"stopped by {loop.stopped_by} after step {loop.step} of {steps}")
+        result["stopped_by"] = loop.stopped_by
+    elif compare:
         comparison = compare_with_repeated(
             trainer, config, flags, parallel, groups[: max(compare, sizes.dp or 1)], max_tokens_per_microbatch
         )
@@ -190,13 +233,6 @@ def train_command(
     if as_json:
         print_json(result)
     destroy()
-
-
-def _append(path: Path | None, record: dict[str, Any]) -> None:
-    if path is not None and torch.distributed.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 def _banner(config: ModelConfig, flags: ModelFlags, sizes: Any, groups: int, first: int, steps: int) -> str:
