@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import random
-from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+import torch.distributed as dist
 
 from megatron_prefix.attention import resolve_impl
-from megatron_prefix.cli.console import print_json, print_table, progress_bar, stderr_console
+from megatron_prefix.checkpoint_folder import latest_checkpoint
+from megatron_prefix.cli.comparison import compare_with_repeated, show_comparison
+from megatron_prefix.cli.console import print_json, progress_bar, stderr_console
+from megatron_prefix.cli.metrics import MetricsFlags, MetricsLog, metrics_options
 from megatron_prefix.cli.options import (
     ModelFlags,
     ParallelFlags,
@@ -27,30 +28,34 @@ from megatron_prefix.cli.options import (
 )
 from megatron_prefix.cli.pipeline_options import max_tokens_option
 from megatron_prefix.cli.plots import plot_comparison
-from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.cli.resume import check_resume, check_same_model
+from megatron_prefix.cli.run_options import (
+    SaveFlags,
+    bytes_per_parameter,
+    save_options,
+    schedule_options,
+)
 from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
 from megatron_prefix.loss import LossConfig
-from megatron_prefix.mcore.checkpoint import (
-    fingerprint,
-    latest_checkpoint,
-    load_checkpoint,
-    load_state,
-    save_checkpoint,
-    step_folder,
-)
-from megatron_prefix.mcore.compare import StepComparison, compare_step
+from megatron_prefix.mcore.checkpoint import WEIGHTS, fingerprint, load_checkpoint
 from megatron_prefix.mcore.core_attention import attention_layers
 from megatron_prefix.mcore.fused import describe_implementations
+from megatron_prefix.mcore.lr_schedule import LrSchedule
+from megatron_prefix.mcore.nonfinite import NonFiniteError
 from megatron_prefix.mcore.parallel import destroy
-from megatron_prefix.mcore.repeated import repeated_log_probs
+from megatron_prefix.mcore.rng_state import load_rng_state
+from megatron_prefix.mcore.run_checkpoints import RunCheckpoints
 from megatron_prefix.mcore.step_plan import plan_step
+from megatron_prefix.mcore.step_source import StepBatch, StoredRollouts
 from megatron_prefix.mcore.tokens import groups_on_this_rank
-from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
+from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
+from megatron_prefix.mcore.training_loop import TrainingLoop
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.packing import Pack, balance_groups
+from megatron_prefix.model_flops import ModelSize
 from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup, read_rollouts
-from megatron_prefix.splitting import pack_and_split, plan_splits, split_first
+from megatron_prefix.step_metrics import StepMeter
+from megatron_prefix.stop_signals import StopSignals
 
 
 @click.command("train")
@@ -62,16 +67,21 @@ from megatron_prefix.splitting import pack_and_split, plan_splits, split_first
 )
 @click.option("--groups-per-step", type=click.IntRange(1), default=2, help="Prefix groups of the global batch.")
 @max_tokens_option
-@click.option("--save", type=click.Path(file_okay=False, path_type=Path), help="Folder of the checkpoints.")
-@click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints; default: at the end only.")
-@click.option("--resume", is_flag=True, help="Go on from the latest checkpoint in --save, where there is one.")
-@click.option("--metrics", type=click.Path(dir_okay=False, path_type=Path), help="Append one JSON line per step.")
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    help="A step whose loss or gradient is not finite updates nothing: stop there, or go on with the next.",
+)
 @click.option("--compare", type=click.IntRange(0), default=0, help="Afterwards, run so many groups both ways.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="PNG of the comparison.")
 @click.option("--seed", type=int, default=0, help="Of the order of the groups and of random weights.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@save_options
+@metrics_options
 @loss_options
 @train_options
+@schedule_options
 @model_options
 @parallel_options
 def train_command(
@@ -79,16 +89,16 @@ def train_command(
     steps: int,
     groups_per_step: int,
     max_tokens_per_microbatch: int | None,
-    save: Path | None,
-    save_every: int | None,
-    resume: bool,
-    metrics: Path | None,
+    on_nonfinite: str,
     compare: int,
     plot: Path | None,
     seed: int,
     as_json: bool,
+    saving: SaveFlags,
+    writers: MetricsFlags,
     loss: LossConfig,
     settings: TrainSettings,
+    schedule: LrSchedule,
     flags: ModelFlags,
     parallel: ParallelFlags,
 ) -> None:
@@ -97,14 +107,17 @@ def train_command(
     The old log-probs (and the reference policy's, with --kl-coef) are those of the model at the start, through the same
     grouped path. The loss is the mean over the global batch, however it is cut into packs and over ranks.
 
+    SIGTERM or Ctrl-C ends a run after the step that it is in; with --save it is saved there, and --resume goes on.
+
     \b
     megatron-prefix train --model smollm2 --rollouts rollouts.jsonl --steps 8 --save out
     torchrun --nproc-per-node 4 -m megatron_prefix train --tp 2 --model smollm2 --rollouts rollouts.jsonl
     """
-    if (resume or save_every) and save is None:
-        raise ValueError("--resume and --save-every need --save, the folder of the checkpoints")
     if plot and not compare:
         raise ValueError("--plot draws the comparison: add --compare 1")
+    if schedule.lr_decay_steps is None:
+        schedule = replace(schedule, lr_decay_steps=max(steps, 1))
+    settings = replace(settings, schedule=schedule)
     config = flags.config()
     groups = read_rollouts(rollouts)
     num_parts = [len(split.parts) for split in check_groups(groups, config, max_tokens_per_microbatch)]
@@ -122,68 +135,95 @@ def train_command(
         "dtype": flags.dtype,
     }
     names = {"model": str(flags.model), "rollouts": str(rollouts)}
-    start = latest_checkpoint(save) if save else None
-    if start and not resume:
-        raise ValueError(f"--save {save} already holds {start.name}; add --resume to go on, or name another folder")
-    saved = _check_resume(start, config, state, rollouts) if start else {"step": 0}
-    first: int = saved["step"]
+    size = ModelSize.of(config)
+    saving.check(size.parameters * bytes_per_parameter(flags.torch_dtype, settings.optimizer))
+    for option, folder in (*writers.folders(), *([("--plot", plot.parent)] if plot else [])):
+        check_writable(option, folder)
     sizes = parallel.start(seed)
     if min(groups_per_step, len(groups)) < (sizes.dp or 1):
         raise ValueError(
             f"{min(groups_per_step, len(groups))} groups per step cannot feed {sizes.dp} data-parallel ranks; raise "
             "--groups-per-step"
         )
-    for option, path in (("--save", save), ("--metrics", metrics), ("--plot", plot)):
-        if path is not None:
-            check_writable(option, path if option == "--save" else path.parent)
+    console = stderr_console()
+    start = saving.start_from(console)
+    saved = check_resume(start, config, state, rollouts) if start else {"step": 0}
+    first: int = saved["step"]
     model = flags.build(config, parallel, seed=seed)
-    if save:
+    if saving.save:
         state["model_fingerprint"] = fingerprint(model)
     if start:
-        _check_model(start, saved, state | names)
+        check_same_model(start, saved, state | names)
     trainer = PolicyTrainer(model, settings, loss)
-    batches = [_batch(len(groups), groups_per_step, step, seed) for step in range(first, steps)]
     if not compare:  # which runs a whole model on every rank
         groups = groups_on_this_rank(groups, trainer.model)
-    run = _Run(trainer, groups, max_tokens_per_microbatch, with_reference=loss.kl_coef > 0)
-    run.measure_old_log_probs(sorted({i for batch in batches for i in batch}))
-    if start:
-        load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
-    console = stderr_console()
+    source = StoredRollouts(
+        trainer,
+        groups,
+        groups_per_step,
+        seed=seed,
+        max_tokens=max_tokens_per_microbatch,
+        with_reference=loss.kl_coef > 0,
+    )
+    left = range(first, steps)
+    with progress_bar("old log-probs", len(source.groups_to_measure(left)), unit="tokens") as advance:
+        source.measure_old_log_probs(left, advance)
     console.print(_banner(config, flags, sizes, len(groups), first, steps))
     console.print(describe_implementations(trainer.optimizer, trainer.chunks), markup=False)
     if num_parts:
         console.print(
             f"{len(num_parts)} of {len(groups)} groups are split, into {sum(num_parts)} parts; their prefixes run once"
         )
-    if sizes.pp > 1 and batches:
-        packs = run.packs(run.share(batches[0]))
+    if sizes.pp > 1 and left:
+        packs = source.packs(source.share(source.batch(first)))
         console.print(plan_step(packs, trainer.config, max_live_prefixes=settings.max_live_prefixes).describe())
     if sizes.cp > 1:
         layers = attention_layers(trainer.config, parallel.cp_a2a)
         console.print(_placement(groups[0], sizes.cp, settings.cp_placement, layers))
+    tokenizer_from = flags.model if flags.model and flags.model.is_dir() else None
+    checkpoints = None
+    if save_settings := saving.settings():
+        checkpoints = RunCheckpoints(save_settings, trainer, config, state | names, tokenizer_from=tokenizer_from)
+    meter = StepMeter(size, dist.get_world_size(), writers.peak_flops())
     result: dict[str, Any] = {"steps": steps, "resumed_from": first}
-    with progress_bar("train", max(steps - first, 0), unit="tokens") as advance:
-        for step, batch in enumerate(batches, start=first + 1):
-            measured = run.step(batch)
-            advance(units=int(measured["tokens"]), note=f"loss {measured['loss']:+.4f} reward {measured['reward']:.3f}")
-            _append(metrics, {"step": step} | measured)
-            result |= measured
-            if save and (step == steps or (save_every and step % save_every == 0)):
-                save_checkpoint(
-                    step_folder(save, step),
-                    trainer.model,
-                    config,
-                    optimizer=trainer.optimizer,
-                    state=state | names | {"step": step},
-                    tokenizer_from=flags.model if flags.model and flags.model.is_dir() else None,
-                )
-    if not batches:
+    with (
+        progress_bar("train", max(steps - first, 0), unit="tokens") as advance,
+        MetricsLog(writers, meter, first if start else None) as log,
+        StopSignals() as stop,
+    ):
+
+        def on_step(step: int, batch: StepBatch, measured: dict[str, float]) -> None:
+            line = log.write(step, batch.groups, measured)
+            advance(units=int(line["tokens"]), note=f"loss {line['loss']:+.4f} reward {line['reward']:.3f}")
+            result.update(line)
+
+        loop = TrainingLoop(
+            trainer,
+            source,
+            on_step,
+            checkpoints=checkpoints,
+            stop=stop,
+            nonfinite_folder=saving.save / "nonfinite" if saving.save else writers.beside("nonfinite"),
+            skip_nonfinite=on_nonfinite == "skip",
+        )
+        if start:
+            load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
+            if not load_rng_state(start / WEIGHTS):
+                console.print("random generators start anew: the checkpoint was saved at other parallel sizes")
+            loop.load_state_dict(saved)
+        try:
+            loop.run(steps)
+        except NonFiniteError as error:
+            raise click.ClickException(str(error)) from error
+    if not left:
         console.print(f"nothing to do: {start} is at step {first} of {steps}; raise --steps to train on")
-    if save:
-        console.print(f"checkpoint: {latest_checkpoint(save)}")
-    if compare:
-        comparison = _compare(
+    if saving.save:
+        console.print(f"checkpoint: {latest_checkpoint(saving.save)}")
+    if loop.step < steps:
+        console.print(f"stopped by {loop.stopped_by} after step {loop.step} of {steps}")
+        result["stopped_by"] = loop.stopped_by
+    elif compare:
+        comparison = compare_with_repeated(
             trainer, config, flags, parallel, groups[: max(compare, sizes.dp or 1)], max_tokens_per_microbatch
         )
         result |= show_comparison(comparison)
@@ -193,113 +233,6 @@ def train_command(
     if as_json:
         print_json(result)
     destroy()
-
-
-class _Run:
-    """The global batches of a run: this rank's share of each, and the log-probs that its loss is measured against."""
-
-    def __init__(
-        self, trainer: PolicyTrainer, groups: Sequence[RolloutGroup], max_tokens: int | None, *, with_reference: bool
-    ) -> None:
-        self.trainer, self.groups, self.max_tokens = trainer, groups, max_tokens
-        self.with_reference = with_reference
-        self.old: dict[int, torch.Tensor] = {}
-        self.dp_group = trainer.dp_group
-
-    def measure_old_log_probs(self, wanted: Sequence[int]) -> None:
-        """Log-probs under the policy as it is, each group on one data-parallel rank, known to all afterwards."""
-        mine = wanted[self.dp_group.rank() :: self.dp_group.size()]
-        found = {}
-        at_once = self.trainer.pp_group.size()  # enough to keep all stages busy
-        with progress_bar("old log-probs", len(mine), unit="tokens") as advance:
-            for some in (mine[first : first + at_once] for first in range(0, len(mine), at_once)):
-                packs = {i: pack_and_split([self.groups[i]], max_tokens_per_pack=self.max_tokens) for i in some}
-                results = iter(self.trainer.log_probs_of([pack for each in packs.values() for pack in each]))
-                for i, each in packs.items():
-                    found[i] = torch.cat([next(results) for _ in each])
-                    advance(units=sum(pack.layout.num_rows for pack in each))
-        for part in all_gather_object(found, self.dp_group):
-            self.old |= part
-
-    def share(self, batch: Sequence[int]) -> list[int]:
-        """This data-parallel rank's groups of a batch."""
-        share = balance_groups([self.groups[i] for i in batch], self.dp_group.size())[self.dp_group.rank()]
-        return [batch[n] for n in share]
-
-    def packs(self, share: Sequence[int]) -> list[Pack]:
-        """The micro-batches of these groups."""
-        return pack_and_split([self.groups[i] for i in share], max_tokens_per_pack=self.max_tokens)
-
-    def step(self, batch: Sequence[int]) -> dict[str, float]:
-        """One optimizer step on the groups of ``batch``; metrics of the global batch."""
-        share = self.share(batch)
-        order = split_first(plan_splits([self.groups[i] for i in share], max_tokens_per_pack=self.max_tokens))
-        old = torch.cat([self.old[share[n]] for n in order])
-        inputs = []
-        for pack in self.packs(share):
-            count = pack.response_rows.numel()
-            inputs.append(StepInput(pack, old[:count], old[:count] if self.with_reference else None))
-            old = old[count:]
-        metrics = self.trainer.step(inputs)
-        rewards = [reward for i in batch for reward in self.groups[i].rewards]
-        layouts = [RolloutTree.from_group(self.groups[i]).layout for i in batch]
-        return metrics | {
-            "reward": sum(rewards) / len(rewards),
-            "tokens": sum(layout.num_rows for layout in layouts),
-            "tokens_repeated": sum(layout.repeated().num_rows for layout in layouts),
-        }
-
-
-def _batch(num_groups: int, groups_per_step: int, step: int, seed: int) -> list[int]:
-    """Groups of a step. Each epoch is a new seeded order, cut into whole steps; what is left over sits it out."""
-    size = min(groups_per_step, num_groups)
-    epoch, index = divmod(step, num_groups // size)
-    order = list(range(num_groups))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return sorted(order[index * size : (index + 1) * size])
-
-
-_START_ANEW = "start anew with the checkpoint as --model and another --save"
-
-
-def _check_resume(checkpoint: Path, config: ModelConfig, state: Mapping[str, Any], rollouts: Path) -> dict[str, Any]:
-    """The saved state to go on from. Other groups, another order of them, another kind of optimizer cannot go on."""
-    saved = load_state(checkpoint, config=config)
-    missing = sorted({"step", "model", "model_fingerprint", "rollouts", *state} - saved.keys())
-    if missing:
-        raise ValueError(
-            f"--resume: {checkpoint} was not saved by this version of `train`, its state has no {missing[0]}; "
-            f"{_START_ANEW}"
-        )
-    if saved["rollouts_sha256"] != state["rollouts_sha256"]:
-        raise ValueError(
-            f"--resume: {checkpoint} was trained on {saved['rollouts']}, which had other contents than {rollouts} has; "
-            f"give that file, or {_START_ANEW}"
-        )
-    for name, value in state.items():
-        if saved[name] != value:
-            raise ValueError(
-                f"--resume: {checkpoint} was saved with {name} {saved[name]}, this run has {name} {value}; use the "
-                f"same, or {_START_ANEW}"
-            )
-    return saved
-
-
-def _check_model(checkpoint: Path, saved: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Old log-probs are those of the model that the run began with, which must be the same."""
-    if saved["model_fingerprint"] != state["model_fingerprint"]:
-        raise ValueError(
-            f"--resume: {checkpoint} began with --model {saved['model']}, and --model {state['model']} has other "
-            "weights, so that old log-probs would be others; give the model that the run began with, or "
-            f"{_START_ANEW}"
-        )
-
-
-def _append(path: Path | None, record: dict[str, Any]) -> None:
-    if path is not None and torch.distributed.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 def _banner(config: ModelConfig, flags: ModelFlags, sizes: Any, groups: int, first: int, steps: int) -> str:
@@ -318,54 +251,3 @@ def _placement(group: RolloutGroup, cp_size: int, placement: str, layers: CpLaye
     comm_types = ", ".join(sorted(set(layers.comm_types)))
     shares = "/".join(str(layout.num_rows) for layout in plan.local_layouts)
     return f"cp {cp_size}, {comm_types}, placement {placement}: the first group's rows go {shares} by {plan.name}"
-
-
-def _compare(
-    trainer: PolicyTrainer,
-    config: ModelConfig,
-    flags: ModelFlags,
-    parallel: ParallelFlags,
-    groups: Sequence[RolloutGroup],
-    max_tokens: int | None,
-) -> StepComparison:
-    plain_model = flags.build_plain(config, parallel, trainer.model)
-    log_probs = partial(repeated_log_probs, temperature=trainer.settings.temperature)
-    plain = PolicyTrainer(plain_model, trainer.settings, trainer.loss, log_probs=log_probs)
-    with progress_bar("repeated vs grouped", 5, unit="tokens") as advance:
-        return compare_step(trainer, plain, trainer.shard(groups), max_tokens, advance)
-
-
-def show_comparison(comparison: StepComparison) -> dict[str, Any]:
-    """Print the table "repeated prefixes vs grouped"; returns its numbers."""
-    old, new, found = comparison.repeated, comparison.grouped, comparison.found
-    rows = [
-        ("tokens executed", f"{old.rows:,}", f"{new.rows:,}", f"{old.rows / new.rows:.2f}x"),
-        ("attention area (pairs)", f"{old.area:,}", f"{new.area:,}", f"{old.area / new.area:.2f}x"),
-        ("step time (s)", f"{old.seconds:.2f}", f"{new.seconds:.2f}", f"{old.seconds / new.seconds:.2f}x"),
-        (
-            "peak memory (MiB)",
-            f"{old.peak_bytes / 2**20:,.0f}",
-            f"{new.peak_bytes / 2**20:,.0f}",
-            f"{old.peak_bytes / max(new.peak_bytes, 1):.2f}x",
-        ),
-        ("max |difference| of log-probs", "", f"{found.max_log_prob_diff:.1e}", ""),
-        (
-            "relative gradient difference (worst)",
-            "",
-            f"{found.max_grad_rel_diff:.1e}" if found.gradients else "sharded: see verify",
-            "",
-        ),
-    ]
-    print_table("repeated prefixes vs grouped", ("one GRPO step", "repeated", "grouped", "ratio"), rows)
-    return {
-        "rows_repeated": old.rows,
-        "rows_grouped": new.rows,
-        "area_repeated": old.area,
-        "area_grouped": new.area,
-        "seconds_repeated": old.seconds,
-        "seconds_grouped": new.seconds,
-        "peak_bytes_repeated": old.peak_bytes,
-        "peak_bytes_grouped": new.peak_bytes,
-        "max_log_prob_diff": found.max_log_prob_diff,
-        "max_grad_rel_diff": found.max_grad_rel_diff,
-    }
