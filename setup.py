@@ -18,6 +18,7 @@ EXTRAS = {
         "gguf>=0.10",
         "jinja2>=3.1",
         "matplotlib>=3.8",
+        "pyarrow>=15",
         "reasoning-gym>=0.1.20",
         "rich>=13.7",
         "safetensors>=0.4.3",

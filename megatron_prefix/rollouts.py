@@ -1,7 +1,8 @@
-"""Rollouts: several scored responses to one prompt, and the JSONL files that hold them.
+"""Rollouts: several scored responses to one prompt, and the files that hold them.
 
-Token ids only: text is the tokenizer's business. A file is UTF-8 with one JSON object per line, in either of two forms
-(both may stand in one file; blank lines are skipped).
+Token ids only: text is the tokenizer's business. A JSONL file is UTF-8 with one JSON object per line, in any of three
+forms (all may stand in one file; blank lines are skipped). Parquet files hold the same, one row per line
+(`formats.parquet`), and files of other programs are translated to it (`formats.read`).
 
 Group line: one prefix group.
 
@@ -13,61 +14,61 @@ their prompts must be the same tokens.
 
     {"group_id": "task-17", "prompt": [5, 6, 7], "response": [8, 9], "reward": 1.0, "log_probs": [...]}
 
-==============  =============================================================================================
-``group_id``    string; optional on group lines (which must not repeat one), needed on sample lines
-``prompt``      token ids, at least one
-``tokens``      token ids of a response, at least one (``response`` on a sample line)
-``reward``      finite number
-``log_probs``   optional: the sampler's log-probability of every response token (natural log, of the sampling
-                distribution); all responses of a group have it or none
-``loss_mask``   optional: 0 or 1 per response token, 0 where the policy did not write it (a tool's output); at least
-                one 1. A response without it is trained in full
-==============  =============================================================================================
+Trajectory line: one sequence of an agent, or of a single response. Lines with the same ``group_id`` form a group, whose
+sequences may share what they begin with (`prefix_trie`).
+
+    {"group_id": "task-17", "tokens": [5, 6, 7, 8, 9], "generated": [0, 0, 0, 1, 1], "reward": 1.0, "log_probs": [...]}
+
+=================  =============================================================================================
+``group_id``       string; optional on group lines (which must not repeat one), needed on the others
+``prompt``         token ids, at least one
+``tokens``         token ids of a response, at least one (``response`` on a sample line); of the whole sequence, at
+                   least two, on a trajectory line
+``generated``      0 or 1 per token, 1 where the policy wrote it; the first is 0, at least one is 1
+``reward``         finite number
+``log_probs``      optional: the sampler's log-probability of every response token (natural log, of the sampling
+                   distribution); all responses of a group have it or none. On a trajectory line one per token, read
+                   where ``generated`` is 1
+``loss_mask``      optional: 0 or 1 per response token, 0 where the policy did not write it (a tool's output); at least
+                   one 1. A response without it is trained in full. Not on trajectory lines
+``trajectory_id``  optional, on trajectory lines: a string that the sequences of one trajectory have in common
+=================  =============================================================================================
 
 Other keys (text, task name, ...) are ignored, except that a misspelt or misplaced ``log_probs`` or ``loss_mask`` is
-refused: ignoring it would change what is trained without a word.
+refused: ignoring it would change what is trained without a word. So is a key that stands twice.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from megatron_prefix.rollout_group import RolloutGroup, check_same_prompt, check_vocabulary
+from megatron_prefix.formats.parquet import write_parquet
+from megatron_prefix.formats.read import load_rollouts
+from megatron_prefix.rollout_group import RolloutGroup, check_vocabulary
 
 __all__ = ["RolloutGroup", "check_vocabulary", "read_rollouts", "write_rollouts"]
 
 
 def read_rollouts(path: str | os.PathLike[str]) -> list[RolloutGroup]:
-    """Reads a rollouts file (schema: module docstring); groups come in the order of their first line.
+    """Reads the prefix groups of a JSONL or Parquet file (schema: module docstring), in the order of their first line.
+
+    `formats.read.load_rollouts` has further formats and trajectories, and can skip what is bad.
 
     Raises:
         ValueError: the file cannot be read, holds no rollout, or has a line that is not as documented; the message
-            starts with FILE:LINE (FILE alone where the file cannot be opened).
+            starts with FILE:LINE (FILE alone where the file cannot be opened). Or it holds trajectories.
     """
-    file = os.fspath(path)
-    groups: dict[str | int, _OpenGroup] = {}
-    number = 0
-    try:
-        with open(file, "rb") as lines:
-            for number, raw in enumerate(lines, 1):
-                if raw.strip():
-                    try:
-                        _read_line(groups, number, raw)
-                    except ValueError as error:
-                        raise ValueError(f"{file}:{number}: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{file}: cannot read rollouts: {error.strerror or error}") from error
-    if not groups:
+    found = load_rollouts(path, format="native")
+    if found.trajectories:
         raise ValueError(
-            f"{file}:{max(number, 1)}: the file holds no rollouts; write at least one group line or sample line"
+            f"{os.fspath(path)}: {len(found.trajectories)} groups of the file are trajectories, not prefix groups; "
+            "read it with load_rollouts"
         )
-    return [group.close() for group in groups.values()]
+    return found.groups
 
 
 def write_rollouts(
@@ -75,7 +76,9 @@ def write_rollouts(
     groups: Iterable[RolloutGroup],
     notes: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes group lines. The file appears whole or not at all: it is written beside ``path`` and moved into place.
+    """Writes group lines, or rows where the name ends in `.parquet`.
+
+    The file appears whole or not at all: it is written beside ``path`` and moved into place.
 
     Args:
         path: of the file.
@@ -105,10 +108,12 @@ def write_rollouts(
         line.update(note)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-            out.flush()
-            os.fsync(out.fileno())
+        if target.suffix == ".parquet":
+            write_parquet(beside, lines)
+        else:
+            beside.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
+        with open(beside, "rb") as written:
+            os.fsync(written.fileno())
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
@@ -125,117 +130,3 @@ def _group_line(group: RolloutGroup) -> dict[str, Any]:
         responses.append(response)
     named = {} if group.group_id is None else {"group_id": group.group_id}
     return {**named, "prompt": group.prompt, "responses": responses}
-
-
-@dataclass
-class _OpenGroup:
-    """A group while its file is read: sample lines may still add to it."""
-
-    line: int  # where it began
-    first: RolloutGroup
-    from_samples: bool
-    parts: list[RolloutGroup] = field(default_factory=list)
-
-    def add(self, sample: RolloutGroup, number: int) -> None:
-        first = self.first
-        check_same_prompt(first.group_id, first.prompt, sample.prompt, places=(f"line {self.line}", f"line {number}"))
-        if (first.log_probs is None) != (sample.log_probs is None):
-            raise ValueError(
-                f"group {first.group_id!r}: only one of lines {self.line} and {number} has log_probs; "
-                "give them on all lines of a group or on none"
-            )
-        self.parts.append(sample)
-
-    def close(self) -> RolloutGroup:
-        parts = [self.first, *self.parts]
-        if len(parts) == 1:
-            return self.first
-        return RolloutGroup(
-            self.first.prompt,
-            [part.responses[0] for part in parts],
-            [part.rewards[0] for part in parts],
-            self.first.group_id,
-            [part.log_probs[0] if part.log_probs else None for part in parts],
-            [part.loss_masks[0] if part.loss_masks else None for part in parts],
-        )
-
-
-def _read_line(groups: dict[str | int, _OpenGroup], number: int, raw: bytes) -> None:
-    """Adds one line to ``groups``, whose keys are group ids and, for groups without one, line numbers."""
-    group, is_sample = _parse_line(raw)
-    key = number if group.group_id is None else group.group_id
-    known = groups.get(key)
-    if known is None:
-        groups[key] = _OpenGroup(number, group, is_sample)
-    elif is_sample and known.from_samples:
-        known.add(group, number)
-    else:
-        raise ValueError(
-            f"group {group.group_id!r} was given already on line {known.line}; only sample lines may share a group_id"
-        )
-
-
-def _parse_line(raw: bytes) -> tuple[RolloutGroup, bool]:
-    """The group on a line (of one response for a sample line), and whether it is a sample line."""
-    try:
-        line = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8: byte {raw[error.start]:#04x} at column {error.start + 1}; save as UTF-8"
-        ) from error
-    except json.JSONDecodeError as error:
-        ending = "" if raw.rstrip().endswith(b"}") else "; the line is cut short (truncated?): write it again"
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}{ending}") from error
-    except RecursionError as error:
-        raise ValueError("not a rollout: the JSON is nested too deeply") from error
-    if not isinstance(line, dict):
-        raise ValueError(f"a line must be a JSON object, got {reprlib.repr(line)}")
-    if ("responses" in line) == ("response" in line):
-        raise ValueError(
-            "a line must have either the key 'responses' (a group) or the key 'response' (a sample), "
-            f"got the keys {reprlib.repr(sorted(line))}"
-        )
-    group_id = line.get("group_id")
-    if "response" in line:
-        if group_id is None:
-            raise ValueError("missing key 'group_id': sample lines are grouped by it")
-        _check_keys(line, "sample line", optional_here=True)
-        samples = [{**line, "tokens": line["response"]}]
-    else:
-        _check_keys(line, "group line", optional_here=False)
-        samples = line["responses"]
-        if not isinstance(samples, list):
-            raise ValueError(f"'responses' must be a list of objects, got {reprlib.repr(samples)}")
-    for i, sample in enumerate(samples):
-        if not isinstance(sample, dict):
-            raise ValueError(f"response {i} must be an object with 'tokens' and 'reward', got {reprlib.repr(sample)}")
-        _check_keys(sample, f"response {i}", optional_here=True)
-    group = RolloutGroup(
-        _key(line, "prompt", "the line"),
-        [_key(sample, "tokens", f"response {i}") for i, sample in enumerate(samples)],
-        [_key(sample, "reward", f"response {i}") for i, sample in enumerate(samples)],
-        group_id,
-        [sample.get("log_probs") for sample in samples],
-        [sample.get("loss_mask") for sample in samples],
-    )
-    return group, "response" in line
-
-
-def _check_keys(found: dict[str, Any], where: str, *, optional_here: bool) -> None:
-    for key in found:
-        plain = key.lower().replace("_", "").replace("-", "").rstrip("s")
-        meant = {"logprob": "log_probs", "lossmask": "loss_mask"}.get(plain)
-        if meant is not None and not (optional_here and key == meant):
-            raise ValueError(
-                f"{where}: key {key!r} is not read here; write it as {meant!r} beside each response's 'reward'"
-            )
-
-
-def _key(found: dict[str, Any], key: str, where: str) -> Any:
-    if key not in found:
-        raise ValueError(f"{where}: missing key {key!r}, got the keys {reprlib.repr(sorted(found))}")
-    return found[key]
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number that JSON knows; rewards and log_probs must be finite")

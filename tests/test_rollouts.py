@@ -152,7 +152,7 @@ SAMPLE = '{"group_id": "s", "prompt": [1, 2], "response": [3, 4], "reward": 1.0}
     ("content", "line", "message"),
     [
         ("", 1, "holds no rollouts"),
-        ("\n\n", 2, "holds no rollouts"),
+        ("\n\n", 1, "holds no rollouts"),
         (GROUP + "\n" + GROUP[:60], 2, "not JSON.*cut short"),
         (GROUP + "\n" + GROUP + "\n", 2, "group 'g' was given already on line 1"),
         (SAMPLE + "\n" + GROUP.replace('"g"', '"s"'), 2, "group 's' was given already on line 1"),

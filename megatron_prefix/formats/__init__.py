@@ -1,0 +1,1 @@
+"""Files of rollouts, of this package and of others: see `formats.read`."""
