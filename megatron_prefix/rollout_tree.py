@@ -203,7 +203,7 @@ def num_rows(tree: RolloutTree, repeated: bool = False) -> int:
 
 def path_of(tree: RolloutTree, rollout: int) -> list[TreeNode]:
     """Nodes from a root to the deepest node that the rollout owns."""
-    i = max(i for i, node in enumerate(tree.nodes) if rollout in node.rollouts)
+    i = next(i for i in reversed(range(len(tree.nodes))) if rollout in tree.nodes[i].rollouts)
     path = []
     while i >= 0:
         path.append(tree.nodes[i])
@@ -222,6 +222,8 @@ def alone(tree: RolloutTree, rollout: int) -> RolloutTree:
 
 def owned_by(node: TreeNode, rollouts: Sequence[int], numbers: Mapping[int, int] | None = None) -> TreeNode:
     """The node with only these of its owners, with their log-probs; ``numbers`` gives them others."""
-    log_probs = node.log_probs and [node.log_probs[node.rollouts.index(rollout)] for rollout in rollouts]
+    log_probs = None
+    if node.log_probs is not None:
+        log_probs = tuple(node.log_probs[node.rollouts.index(rollout)] for rollout in rollouts)
     names = tuple(rollouts if numbers is None else (numbers[rollout] for rollout in rollouts))
     return replace(node, rollouts=names, log_probs=log_probs)

@@ -359,7 +359,7 @@ def test_a_trajectory_counts_once_in_its_groups_advantages() -> None:
         parts = pack_and_split([tree], max_tokens_per_pack=2, **options)
         assert len(parts) > 2
         assert sorted(x for pack in parts for x in pack.advantages.tolist()) == [low, high, high]
-    with pytest.raises(ValueError, match="rollout 2 of trajectory 7 has the reward 0.5, another has 1.0"):
+    with pytest.raises(ValueError, match=r"rollout 2 of trajectory 7 has the reward 0\.5, another has 1\.0"):
         RolloutTree(nodes, (1.0, 0.0, 0.5), "agent", (7, 2, 7))
     with pytest.raises(ValueError, match="2 trajectories for 3 rollouts"):
         RolloutTree(nodes, (1.0, 0.0, 0.5), "agent", (7, 2))
