@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
     from megatron_prefix.mcore.tokens import groups_on_this_rank
     from megatron_prefix.packing import Pack, pack_groups
+    from megatron_prefix.prefix_trie import share_prefixes
     from megatron_prefix.rollout_group import TokenCount
     from megatron_prefix.rollout_tree import RolloutTree, TreeNode
     from megatron_prefix.rollouts import RolloutGroup, read_rollouts, write_rollouts
     from megatron_prefix.splitting import pack_and_split
+    from megatron_prefix.trajectory import Trajectory
 
 _MODULES = {
     "BatchTotals": "loss",
@@ -34,6 +36,7 @@ _MODULES = {
     "RolloutPairs": "loss",
     "RolloutTree": "rollout_tree",
     "TokenCount": "rollout_group",
+    "Trajectory": "trajectory",
     "TreeNode": "rollout_tree",
     "forward_backward_prefix_groups": "mcore.schedule",
     "groups_on_this_rank": "mcore.tokens",
@@ -44,6 +47,7 @@ _MODULES = {
     "prefix_grouped_attention": "attention",
     "read_rollouts": "rollouts",
     "response_log_probs": "mcore.log_probs",
+    "share_prefixes": "prefix_trie",
     "with_prefix_attention": "mcore.layer_specs",
     "write_rollouts": "rollouts",
 }
@@ -58,6 +62,7 @@ __all__ = [
     "RolloutPairs",
     "RolloutTree",
     "TokenCount",
+    "Trajectory",
     "TreeNode",
     "__version__",
     "forward_backward_prefix_groups",
@@ -69,6 +74,7 @@ __all__ = [
     "prefix_grouped_attention",
     "read_rollouts",
     "response_log_probs",
+    "share_prefixes",
     "with_prefix_attention",
     "write_rollouts",
 ]

@@ -15,7 +15,7 @@ Divergence", 2020).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,32 +27,6 @@ from megatron_prefix.rollout_pairs import BatchTotals, RolloutPairs
 KlEstimator = Literal["k1", "k2", "k3"]
 Aggregation = Literal["token", "sequence", "constant"]
 Ratio = Literal["token", "sequence"]
-
-
-def group_advantages(rewards: Sequence[float], *, normalize_std: bool = True, eps: float = 1e-6) -> list[float]:
-    """Advantages of one group's responses: reward minus the group's mean, over its standard deviation plus ``eps``.
-
-    The standard deviation is the sample's (n - 1), as in the common GRPO trainers; ``normalize_std=False`` leaves it
-    out (Dr. GRPO). A group of one response, and a group whose rewards are all equal, have advantages of exactly 0.
-
-    Raises:
-        ValueError: no rewards, a reward that is not finite, or a negative ``eps``.
-    """
-    if not rewards:
-        raise ValueError("a group needs at least one reward, got none")
-    for i, reward in enumerate(rewards):
-        if not math.isfinite(reward):
-            raise ValueError(f"reward {i} must be finite, got {reward!r}; score the response again or drop it")
-    if not eps >= 0:
-        raise ValueError(f"eps must be 0 or more, got {eps!r}")
-    if min(rewards) == max(rewards):  # the rounded mean of equal numbers need not equal them
-        return [0.0] * len(rewards)
-    mean = math.fsum(reward / len(rewards) for reward in rewards)
-    centred = [reward - mean for reward in rewards]
-    if not normalize_std:
-        return centred
-    std = math.hypot(*centred) / math.sqrt(len(rewards) - 1)
-    return [value / (std + eps) for value in centred]
 
 
 @dataclass(frozen=True)
@@ -170,7 +144,8 @@ def grpo_loss_terms(
         pairs: which row belongs to which rollout.
         totals: of the global batch, so never less than this pack's own.
         ref_log_probs: [N], of the reference policy. With ``kl_coef`` 0 it is measured only.
-        sampler_log_probs: [N], as the sampler reported them. With ``importance_cap`` None it is measured only.
+        sampler_log_probs: [M], one per pair, as the sampler reported them: rollouts that share a row were sampled one
+            by one. With ``importance_cap`` None it is measured only.
         entropy: [N], of the policy's distribution at every row. With ``entropy_coef`` 0 it is measured only.
         config: what to compute; None for ``LossConfig()``.
 
@@ -191,16 +166,19 @@ def grpo_loss_terms(
         _check_vector(name, values, len(log_probs), log_probs.device)
         return values.to(log_probs.dtype).index_select(0, rows)
 
-    def given(name: str, values: Tensor | None, coefficient: str, needed: bool) -> Tensor | None:
+    def need(name: str, values: Tensor | None, coefficient: str, needed: bool) -> None:
         if values is None and needed:
             raise ValueError(
                 f"{coefficient} {getattr(config, coefficient)!r} needs {name}, got None; pass it or turn it off"
             )
-        return None if values is None else per_pair(name, values)
 
-    reference = given("ref_log_probs", ref_log_probs, "kl_coef", config.kl_coef > 0)
-    sampled = given("sampler_log_probs", sampler_log_probs, "importance_cap", config.importance_cap is not None)
-    uncertainty = given("entropy", entropy, "entropy_coef", config.entropy_coef > 0)
+    need("ref_log_probs", ref_log_probs, "kl_coef", config.kl_coef > 0)
+    need("sampler_log_probs", sampler_log_probs, "importance_cap", config.importance_cap is not None)
+    need("entropy", entropy, "entropy_coef", config.entropy_coef > 0)
+    reference = None if ref_log_probs is None else per_pair("ref_log_probs", ref_log_probs)
+    uncertainty = None if entropy is None else per_pair("entropy", entropy)
+    if sampler_log_probs is not None:
+        _check_vector("sampler_log_probs", sampler_log_probs, len(rows), log_probs.device)
     _check_vector("advantages", advantages, pairs.num_rollouts, log_probs.device)
     advantage = advantages.detach().to(log_probs.dtype).index_select(0, owner)
     current = per_pair("log_probs", log_probs)
@@ -222,8 +200,8 @@ def grpo_loss_terms(
             "clip_high": _sum((ratio > high) & (advantage > 0)),
             "old_kl": _sum(_kl(current, old, "k3")),
         }
-    if sampled is not None:
-        importance = torch.exp(old - sampled.detach())
+    if sampler_log_probs is not None:
+        importance = torch.exp(old - sampler_log_probs.detach().to(log_probs.dtype))
         metrics |= {"importance": _sum(importance), "importance_max": _max(importance)}
         if config.importance_cap is not None:
             metrics["importance_capped"] = _sum(importance > config.importance_cap)

@@ -8,18 +8,18 @@ case where a prefix ends. A prompt P with responses R_i takes (|P| - 1) + sum |R
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_prefix.layout import PartLayout, PrefixLayout
-from megatron_prefix.loss import BatchTotals, RolloutPairs, group_advantages
+from megatron_prefix.loss import BatchTotals, RolloutPairs
 from megatron_prefix.rollout_group import RolloutGroup, TokenCount
-from megatron_prefix.rollout_tree import RolloutTree, TreeNode, alone, node_rows, num_rows, path_of
+from megatron_prefix.rollout_tree import RolloutTree, TreeNode, alone, node_rows, num_rows
 
 if TYPE_CHECKING:
     from megatron_prefix.attention.prefix_cache import PrefixCache
@@ -68,7 +68,8 @@ class Pack:
         pairs: which rollouts own which response row, ordered by rollout, token. M = N for plain groups.
         advantages: fp32 [K].
         rewards: fp32 [K].
-        sampler_log_probs: fp32 [N], of the policy that sampled the tokens, or None where not recorded.
+        sampler_log_probs: fp32 [M], in the order of the pairs: of the policy that sampled the tokens, or None where
+            not recorded. Rollouts that share a row may have been sampled one by one.
         prefix: of a split group, see `splitting`: shared by the pack of its prefix and those of its parts.
     """
 
@@ -171,8 +172,7 @@ def repeated_packs(groups: Sequence[RolloutGroup | RolloutTree], *, normalize_st
     """
     packs = []
     for tree in check_pack_limit(groups, None):
-        advantages = group_advantages(tree.rewards, normalize_std=normalize_std)
-        for rollout, advantage in enumerate(advantages):
+        for rollout, advantage in enumerate(tree.advantages(normalize_std=normalize_std)):
             pack = _build_pack([alone(tree, rollout)], normalize_std, repeated=True)
             packs.append(replace(pack, advantages=torch.tensor([advantage], dtype=torch.float32)))
     return packs
@@ -225,8 +225,7 @@ def balance_groups(groups: Sequence[RolloutGroup | RolloutTree], num_ranks: int)
 
 
 def group_name(group: RolloutGroup | RolloutTree, index: int) -> str:
-    group_id = None if isinstance(group, RolloutTree) else group.group_id
-    return f"{index}" if group_id is None else f"{index} ({group_id!r})"
+    return f"{index}" if group.group_id is None else f"{index} ({group.group_id!r})"
 
 
 def _build_pack(trees: Sequence[RolloutTree], normalize_std: bool, repeated: bool) -> Pack:
@@ -235,7 +234,7 @@ def _build_pack(trees: Sequence[RolloutTree], normalize_std: bool, repeated: boo
     for tree in trees:
         (_add_repeated if repeated else _add_grouped)(rows, tree, first_rollout)
         first_rollout += len(tree.rewards)
-    advantages = [a for tree in trees for a in group_advantages(tree.rewards, normalize_std=normalize_std)]
+    advantages = [a for tree in trees for a in tree.advantages(normalize_std=normalize_std)]
     return rows.pack(PrefixLayout(rows.lengths, rows.parents), advantages, [r for tree in trees for r in tree.rewards])
 
 
@@ -247,31 +246,37 @@ class PackRows:
         self.parents: list[int] = []
         self.tokens: list[int] = []
         self.targets: list[int] = []
-        self.sampler_log_probs: list[float] = []
-        self.pairs: list[tuple[int, int]] = []  # (rollout, row)
+        self.pairs: list[tuple[int, int, float]] = []  # rollout, row, the sampler's log-prob
 
-    def add_segment(
-        self, parent: int, tokens: Sequence[int], targets: Sequence[int], log_probs: Sequence[float]
-    ) -> int:
+    def add_segment(self, parent: int, tokens: Sequence[int] = (), targets: Sequence[int] = ()) -> int:
         """Append a segment; returns its index."""
         self.lengths.append(len(tokens))
         self.parents.append(parent)
-        self.tokens.extend(_ids(tokens))
-        self.targets.extend(targets)
-        self.sampler_log_probs.extend(log_probs)
+        self._add_rows(tokens, targets)
         return len(self.lengths) - 1
 
-    def add_prompt(self, parent: int, tokens: Sequence[int]) -> int:
-        """Append a segment that predicts nothing; returns its index."""
-        return self.add_segment(parent, tokens, [NO_TARGET] * len(tokens), [float("nan")] * len(tokens))
+    def add_node(
+        self, parent: int, tree: RolloutTree, index: int, rollouts: Mapping[int, int], *, joined: bool = False
+    ) -> int:
+        """Append a node with its pairs, below segment ``parent`` or, ``joined``, at its end; returns its segment.
 
-    def add_node(self, parent: int, tree: RolloutTree, index: int, rollouts: Mapping[int, int]) -> int:
-        """Append a node below the root with its pairs; ``rollouts`` numbers those of the tree in the pack."""
+        ``rollouts`` numbers those of the tree in the pack.
+        """
         node = tree.nodes[index]
+        tokens, targets = node_rows(tree, index), _targets(node)
         start = len(self.tokens)
-        trained = _trained(node)
-        self.pairs += [(rollouts[rollout], start + i) for rollout in node.rollouts for i in trained]
-        return self.add_segment(parent, node_rows(tree, index), _targets(node), _log_probs(node))
+        for rollout in node.rollouts:
+            self.pairs += [(rollouts[rollout], start + i, value) for i, value in _trained(node, rollout)]
+        if not joined:
+            return self.add_segment(parent, tokens, targets)
+        assert parent == len(self.lengths) - 1, "a joined node follows its parent"
+        self.lengths[parent] += len(tokens)
+        self._add_rows(tokens, targets)
+        return parent
+
+    def _add_rows(self, tokens: Sequence[int], targets: Sequence[int]) -> None:
+        self.tokens.extend(_ids(tokens))
+        self.targets.extend(targets)
 
     def pack(
         self,
@@ -290,8 +295,8 @@ class PackRows:
         response_rows = torch.nonzero(targets != NO_TARGET).flatten()
         number = {row: n for n, row in enumerate(response_rows.tolist())}
         pairs = sorted(self.pairs)
-        sampler = torch.tensor(self.sampler_log_probs, dtype=torch.float32)[response_rows]
-        pair_rollout = torch.tensor([rollout for rollout, _ in pairs], dtype=torch.long)
+        sampler = torch.tensor([value for _, _, value in pairs], dtype=torch.float32)
+        pair_rollout = torch.tensor([rollout for rollout, _, _ in pairs], dtype=torch.long)
         whole = torch.bincount(pair_rollout, minlength=len(rewards))
         return Pack(
             layout=layout,
@@ -299,7 +304,7 @@ class PackRows:
             positions=torch.tensor(layout.positions, dtype=torch.long),
             response_rows=response_rows,
             pairs=RolloutPairs(
-                row=torch.tensor([number[row] for _, row in pairs], dtype=torch.long),
+                row=torch.tensor([number[row] for _, row, _ in pairs], dtype=torch.long),
                 rollout=pair_rollout,
                 num_rollouts=len(rewards),
                 lengths=whole if lengths is None else torch.tensor(lengths, dtype=torch.long),
@@ -330,44 +335,30 @@ def _ids(tokens: Sequence[int]) -> list[int]:
 
 
 def _targets(node: TreeNode) -> list[int]:
-    return _ids(node.tokens) if node.rollouts else [NO_TARGET] * len(node.tokens)
+    """Of the node's rows: a root has no row that predicts its first token."""
+    return _ids(node.tokens) if node.rollouts else [NO_TARGET] * (len(node.tokens) - (node.parent < 0))
 
 
-def _log_probs(node: TreeNode) -> list[float]:
-    return [float("nan")] * len(node.tokens) if node.log_probs is None else list(node.log_probs)
-
-
-def _trained(node: TreeNode) -> list[int]:
-    """Offsets of the node's trained tokens."""
-    return [i for i in range(len(node.tokens)) if node.loss_mask is None or node.loss_mask[i]]
+def _trained(node: TreeNode, rollout: int) -> list[tuple[int, float]]:
+    """Offset of each trained token, with the log-prob of the rollout's sampler (NaN where unknown)."""
+    sampled = None if node.log_probs is None else node.log_probs[node.rollouts.index(rollout)]
+    return [
+        (i, math.nan if sampled is None else sampled[i])
+        for i in range(len(node.tokens))
+        if node.loss_mask is None or node.loss_mask[i]
+    ]
 
 
 def _add_grouped(rows: PackRows, tree: RolloutTree, first_rollout: int) -> None:
     rollouts = {i: first_rollout + i for i in range(len(tree.rewards))}
-    segments: list[int] = []
+    found: dict[int, int] = {-1: -1}
     for i, node in enumerate(tree.nodes):
-        if node.parent < 0:
-            segments.append(rows.add_prompt(-1, node_rows(tree, i)))
-        else:
-            segments.append(rows.add_node(segments[node.parent], tree, i, rollouts))
+        found[i] = rows.add_node(found[node.parent], tree, i, rollouts, joined=node.joined)
 
 
 def _add_repeated(rows: PackRows, tree: RolloutTree, first_rollout: int) -> None:
     for rollout in range(len(tree.rewards)):
-        path = path_of(tree, rollout)
-        tokens = [token for node in path for token in _ids(node.tokens)]
-        owned = [rollout in node.rollouts for node in path]
-        no_targets = [[NO_TARGET] * len(node.tokens) for node in path]
-        targets = [
-            t
-            for node, own, none in zip(path, owned, no_targets, strict=True)
-            for t in (_targets(node) if own else none)
-        ]
-        log_probs = [x for node in path for x in _log_probs(node)]
-        start = len(rows.tokens)
-        rows.add_segment(-1, tokens[:-1], targets[1:], log_probs[1:])
-        # The row that predicts each node's first token.
-        firsts = accumulate((len(node.tokens) for node in path), initial=start - 1)
-        for node, own, first in zip(path, owned, firsts, strict=False):
-            if own:
-                rows.pairs += [(first_rollout + rollout, first + i) for i in _trained(node)]
+        single = alone(tree, rollout)
+        segment = -1
+        for i, node in enumerate(single.nodes):
+            segment = rows.add_node(segment, single, i, {0: first_rollout + rollout}, joined=node.parent >= 0)

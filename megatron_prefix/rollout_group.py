@@ -215,6 +215,8 @@ def token_ids(where: str, value: Any) -> Sequence[int]:
     if isinstance(value, TokenCount):
         return value
     ids = tuple(value)
+    if set(map(type, ids)) == {int} and min(ids) >= 0:  # without a step of Python per token
+        return ids
     for position, token in enumerate(ids):
         if type(token) is not int or token < 0:  # type(), because True is an int too
             raise ValueError(

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from megatron_prefix.layout import PartLayout, PrefixLayout
-from megatron_prefix.loss import group_advantages
 from megatron_prefix.packing import (
     Pack,
     PackRows,
@@ -26,7 +26,7 @@ from megatron_prefix.packing import (
     pack_groups,
 )
 from megatron_prefix.rollout_group import RolloutGroup
-from megatron_prefix.rollout_tree import RolloutTree, node_rows, num_rows
+from megatron_prefix.rollout_tree import RolloutTree, node_rows, num_rows, segments
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ def split_first(splits: Sequence[Split | None]) -> list[int]:
 
 
 def _packs_of(split: Split, normalize_std: bool) -> list[Pack]:
-    builder = _Builder(split, group_advantages(split.tree.rewards, normalize_std=normalize_std))
+    builder = _Builder(split, split.tree.advantages(normalize_std=normalize_std))
     packs = [builder.part(n) for n in range(len(split.parts))]
     # A prompt of one token shares no row, and its parts then stand alone.
-    return [builder.prefix_pack(), *packs] if builder.cached.num_rows else packs
+    return [builder.prefix_pack(), *packs] if builder.shared is not None else packs
 
 
 def _cut(tree: RolloutTree, limit: int, num_parts: int, name: str) -> Split:
@@ -164,7 +164,8 @@ def _cut(tree: RolloutTree, limit: int, num_parts: int, name: str) -> Split:
 
 def _even_parts(tree: RolloutTree, prefix: set[int], below: list[int], num_parts: int) -> list[list[int]]:
     """Subtrees under the prefix, in order, in at most ``num_parts`` parts, the largest as small as that allows."""
-    subtrees = [below[i] for i, node in enumerate(tree.nodes) if i not in prefix and node.parent in prefix]
+    tops = [i for i, node in enumerate(tree.nodes) if i not in prefix and (node.parent < 0 or node.parent in prefix)]
+    subtrees = [below[i] for i in tops]
     low, high = max(subtrees), sum(subtrees)
     while low < high:
         middle = (low + high) // 2
@@ -182,7 +183,7 @@ def _fill_parts(tree: RolloutTree, prefix: set[int], below: list[int], limit: in
     for i, node in enumerate(tree.nodes):
         if i in prefix:
             continue
-        if node.parent in prefix:
+        if node.parent < 0 or node.parent in prefix:
             if not parts or below[i] > free:
                 parts.append([])
                 free = limit
@@ -193,8 +194,9 @@ def _fill_parts(tree: RolloutTree, prefix: set[int], below: list[int], limit: in
 
 def _subtree_rows(tree: RolloutTree) -> list[int]:
     rows = [len(node_rows(tree, i)) for i in range(len(tree.nodes))]
-    for i in reversed(range(1, len(rows))):
-        rows[tree.nodes[i].parent] += rows[i]
+    for i in reversed(range(len(rows))):
+        if tree.nodes[i].parent >= 0:
+            rows[tree.nodes[i].parent] += rows[i]
     return rows
 
 
@@ -214,12 +216,9 @@ class _Builder:
     def __init__(self, split: Split, advantages: list[float]) -> None:
         self.tree, self.prefix, self.parts, self.advantages = split.tree, split.prefix, split.parts, advantages
         tree, prefix = split.tree, split.prefix
-        position = {i: s for s, i in enumerate(prefix)}
-        self.position = position
-        self.cached = PrefixLayout(
-            [len(node_rows(tree, i)) for i in prefix], [position.get(tree.nodes[i].parent, -1) for i in prefix]
-        )
-        self.shared = SharedPrefix(self.cached.num_rows) if self.cached.num_rows else None
+        # Of the prefix, which parts find in the cache: the segment of each node, and the rows of each segment.
+        self.segment, self.cached, _ = segments(tree, prefix)
+        self.shared = SharedPrefix(sum(self.cached)) if sum(self.cached) else None
         self.trained = [_trained(tree, nodes) for nodes in (prefix, *split.parts)]
         self.lengths = [sum(counts.get(r, 0) for counts in self.trained) for r in range(len(tree.rewards))]
         # Where a rollout is counted in the batch: the last pack with trained tokens of it.
@@ -229,29 +228,33 @@ class _Builder:
         """The rows of the prefix, whose keys the parts read."""
         rows = PackRows()
         numbers = self._numbers(0)
+        found: dict[int, int] = {-1: -1}
         for i in self.prefix:
-            parent = self.position.get(self.tree.nodes[i].parent, -1)
-            if self.tree.nodes[i].rollouts:
-                rows.add_node(parent, self.tree, i, numbers)
-            else:
-                rows.add_prompt(parent, node_rows(self.tree, i))
-        return self._pack(rows, self.cached, 0)
+            node = self.tree.nodes[i]
+            found[i] = rows.add_node(found[node.parent], self.tree, i, numbers, joined=node.joined)
+        return self._pack(rows, PrefixLayout(rows.lengths, rows.parents), 0)
 
     def part(self, number: int) -> Pack:
         """Part ``number``: its nodes, below those of the prefix."""
-        nodes = self.parts[number]
         rows = PackRows()
         numbers = self._numbers(number + 1)
-        segments: dict[int, int] = {-1: -1}
-        lengths, starts = [], []
-        for i in sorted([*self.prefix, *nodes]):
-            parent = segments[self.tree.nodes[i].parent]
-            if i in self.position:
-                segments[i] = rows.add_prompt(parent, [])
+        found: dict[int, int] = {-1: -1}
+        in_prefix: dict[int, int] = {}  # segment of the part: the same one in the prefix's pack
+        for i in sorted([*self.prefix, *self.parts[number]]):
+            node = self.tree.nodes[i]
+            above = found[node.parent]
+            # The prefix's rows are in the cache: what is joined to it is a segment of its own.
+            joined = node.joined and (i in self.segment) == (node.parent in self.segment)
+            if i not in self.segment:
+                found[i] = rows.add_node(above, self.tree, i, numbers, joined=joined)
+            elif joined:
+                found[i] = above
             else:
-                segments[i] = rows.add_node(parent, self.tree, i, numbers)
-            lengths.append(self.cached.lengths[self.position[i]] if i in self.position else 0)
-            starts.append(self.cached.starts[self.position[i]] if i in self.position else 0)
+                found[i] = rows.add_segment(above)
+                in_prefix[found[i]] = self.segment[i]
+        first = list(accumulate(self.cached, initial=0))
+        lengths = [self.cached[in_prefix[s]] if s in in_prefix else 0 for s in range(len(rows.lengths))]
+        starts = [first[in_prefix[s]] if s in in_prefix else 0 for s in range(len(rows.lengths))]
         return self._pack(rows, PartLayout(rows.lengths, rows.parents, lengths, starts), number + 1)
 
     def _numbers(self, pack: int) -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,14 +68,16 @@ def _generated(where: str, values: Any, count: int) -> tuple[bool, ...]:
         raise ValueError(
             f"{where}: generated must be a list of one 0 or 1 per token ({count}), got {reprlib.repr(values)}"
         )
-    for position, value in enumerate(values):
-        if type(value) not in (int, bool) or value not in (0, 1):
-            raise ValueError(f"{where}, generated at position {position} must be 0 or 1, got {reprlib.repr(value)}")
+    if not set(map(type, values)) <= {int, bool} or not set(values) <= {0, 1}:
+        position = next(t for t, value in enumerate(values) if type(value) not in (int, bool) or value not in (0, 1))
+        raise ValueError(
+            f"{where}, generated at position {position} must be 0 or 1, got {reprlib.repr(values[position])}"
+        )
     if values[0]:
         raise ValueError(f"{where}: the first token is generated, but nothing predicts it; put the prompt before it")
     if not any(values):
         raise ValueError(f"{where}: none of {count} tokens is generated; drop it, there is nothing to train")
-    return tuple(bool(value) for value in values)
+    return tuple(map(bool, values))
 
 
 def _log_probs(where: str, values: Any, generated: Sequence[bool]) -> tuple[float, ...] | None:
@@ -88,6 +91,6 @@ def _log_probs(where: str, values: Any, generated: Sequence[bool]) -> tuple[floa
     return tuple(
         finite_number(f"{where}, log_probs at position {t}", value, "leave log_probs out if the sampler has none")
         if own
-        else float("nan")
+        else math.nan
         for t, (value, own) in enumerate(zip(values, generated, strict=True))
     )

@@ -16,7 +16,17 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_prefix import LossConfig, Pack, RolloutGroup, RolloutTree, TreeNode, pack_groups
+from megatron_prefix import (
+    LossConfig,
+    Pack,
+    RolloutGroup,
+    RolloutTree,
+    Trajectory,
+    TreeNode,
+    pack_groups,
+    share_prefixes,
+)
+from megatron_prefix.cost_model import CostModel
 from megatron_prefix.mcore.equivalence import (
     Differences,
     Evaluation,
@@ -357,3 +367,50 @@ def self_ratio(case: Case) -> dict[str, float]:
     trainer = PolicyTrainer(models_of(case)[0], settings_of(case), LossConfig())
     packs = pack_groups(trainer.shard(ragged_batch(case.trees)), max_tokens_per_pack=MAX_TOKENS)
     return trainer.gradients([StepInput(pack, trainer.log_probs(pack)) for pack in packs])
+
+
+# ---- trees found in trajectories
+
+
+def multi_turn_batch(declined: bool = False) -> Batch:
+    """A plain group, and what `share_prefixes` makes of three agents' trajectories with a sampler's log-probs.
+
+    Their turns branch in the middle, two of them share tokens that both generated, and one rewrites its context.
+    """
+    draw = random.Random(3)
+
+    def ids(count: int) -> list[int]:
+        return [draw.randrange(VOCAB_SIZE) for _ in range(count)]
+
+    def call(reward: float, name: str, *parts: tuple[list[int], int]) -> Trajectory:
+        tokens = [token for part, _ in parts for token in part]
+        generated = [own for part, own in parts for _ in part]
+        sampled = [-math.log(VOCAB_SIZE) + draw.uniform(-0.3, 0.3) for _ in tokens]
+        return Trajectory(tokens, generated, reward, "agents", sampled, name)
+
+    prompt, turn, tool = (ids(7), 0), (ids(4), 1), (ids(3), 0)
+    trajectories = [
+        call(1.0, "a", prompt, turn),
+        call(1.0, "a", prompt, turn, tool, (ids(5), 1)),
+        call(1.0, "a", (ids(6), 0), (ids(2), 1)),
+        call(0.0, "b", prompt, turn, tool, (ids(3), 1), (ids(2), 0), (ids(4), 1)),
+        call(0.4, "c", prompt, (turn[0][:2], 1), (ids(5), 1)),
+    ]
+    cost = CostModel(row=1.0, merged_row=0.3, level=2.0) if declined else None
+    return [with_sampler(ragged_batch())[0], *share_prefixes(trajectories, cost)]
+
+
+def compare_multi_turn(case: Case) -> dict[str, tuple[int, float, float]]:
+    """Of both trees, whole and split: prefixes, the loss, and the worst difference from repeated sequences."""
+    found = {}
+    loss = LossConfig(importance_cap=1.05, clip_high=0.3, aggregation="sequence")
+    for name, declined, limit in (("shared", False, None), ("split", False, 20), ("declined", True, None)):
+        grouped, plain = models_of(case)
+        trainer = PolicyTrainer(grouped, settings_of(case), loss)
+        oracle = PolicyTrainer(plain, settings_of(case), loss, log_probs=repeated_log_probs)
+        both = make_inputs(trainer, multi_turn_batch(declined), limit)
+        reference = evaluate(oracle, both.repeated)
+        result = differences(evaluate(trainer, both.grouped, order=both.order), reference)
+        shared = sum(batch.pack.layout.num_rows for batch in both.grouped)
+        found[name] = (shared, reference.loss, result.worst)
+    return found

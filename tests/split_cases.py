@@ -1,6 +1,7 @@
 """Split trees for tests: packs within any limit, and the attention of a tree's packs."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from megatron_prefix.attention.grouped import grouped_attention
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.attention.prefix_cache import PrefixCache
 from megatron_prefix.packing import Pack
-from megatron_prefix.rollout_tree import num_rows
+from megatron_prefix.rollout_tree import node_rows, num_rows
 from megatron_prefix.splitting import pack_and_split, plan_splits
 
 Group = RolloutGroup | RolloutTree
@@ -39,8 +40,9 @@ def rows_in_tree(tree: RolloutTree, limit: int, num_parts: int) -> list[Tensor]:
     """Of each pack of a split tree, its rows in the tree's unsplit pack."""
     (split,) = plan_splits([tree], max_tokens_per_pack=limit, num_parts=num_parts)
     assert split is not None
-    starts = tree.layout.starts
-    nodes = [split.prefix, *split.parts] if sum(tree.layout.lengths[i] for i in split.prefix) else split.parts
+    lengths = [len(node_rows(tree, i)) for i in range(len(tree.nodes))]
+    starts = list(accumulate(lengths, initial=0))
+    nodes = [split.prefix, *split.parts] if sum(lengths[i] for i in split.prefix) else split.parts
     return [torch.cat([torch.arange(starts[i], starts[i + 1]) for i in part]) for part in nodes]
 
 

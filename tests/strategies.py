@@ -87,9 +87,14 @@ def rollout_groups(
 def rollout_trees(
     draw: Draw, vocab_size: int = 50, max_length: int = 4, max_nodes: int = 7, log_probs: bool | None = None
 ) -> RolloutTree:
-    """Multi-turn trees: one rollout per leaf, whose nodes are owned by any of the rollouts that pass through them."""
+    """Multi-turn trees of one root or several: one rollout per leaf, whose nodes are owned by any of the rollouts that
+    pass through them; some only children joined, some rollouts of one trajectory."""
     sampled = draw(st.booleans()) if log_probs is None else log_probs
-    parents = draw(parent_lists(max_nodes, one_root=True).filter(lambda parents: len(parents) > 1))
+    parents = draw(parent_lists(max_nodes))
+    for root in [i for i, parent in enumerate(parents) if parent < 0][::-1]:
+        if root + 1 == len(parents) or parents[root + 1] < 0:  # a prompt without a response
+            parents = [p + (p > root) for p in parents]
+            parents.insert(root + 1, root)
     leaves = [i for i in range(len(parents)) if i not in parents]
     through: list[set[int]] = [set() for _ in parents]
     for rollout, leaf in enumerate(leaves):
@@ -100,17 +105,23 @@ def rollout_trees(
     nodes = []
     for i, parent in enumerate(parents):
         tokens = draw(_tokens(vocab_size, max_length))
-        owners = sorted(through[i]) if i in leaves else draw(st.lists(st.sampled_from(sorted(through[i])), unique=True))
+        owners = sorted(through[i])
+        if i not in leaves:
+            owners = draw(st.lists(st.sampled_from(owners), unique=True)) if parent >= 0 else []
         mask = draw(_masks(len(tokens), trained=i in leaves))
         nodes.append(
             TreeNode(
                 tokens=tokens,
                 parent=parent,
-                rollouts=() if parent < 0 else tuple(owners),
+                rollouts=tuple(owners),
                 loss_mask=mask if draw(st.booleans()) else None,
-                log_probs=draw(_numbers(len(tokens))) if sampled else None,
+                log_probs=[draw(_numbers(len(tokens))) for _ in owners] if sampled else None,
+                joined=parents.count(parent) == 1 and parent >= 0 and draw(st.booleans()),
             )
         )
+    trajectories = draw(st.lists(st.integers(0, 2), min_size=len(leaves), max_size=len(leaves)))
+    if draw(st.booleans()):
+        return RolloutTree(tuple(nodes), tuple(float(t) for t in trajectories), "tree", tuple(trajectories))
     return RolloutTree(tuple(nodes), tuple(float(i) for i in range(len(leaves))))
 
 

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_prefix.advantages import group_advantages
 from megatron_prefix.loss import (
     BatchTotals,
     LossConfig,
     RolloutPairs,
     add_metrics,
-    group_advantages,
     grpo_loss,
     grpo_loss_terms,
     summarize,
@@ -30,7 +30,7 @@ INPUTS = ("log_probs", "old_log_probs", "ref_log_probs", "sampler_log_probs", "e
 
 @dataclass
 class Batch:
-    """Rollouts as lists of rows into the [N] vectors; several may hold one row."""
+    """Rollouts as lists of rows into the [N] vectors; several may hold one row. The sampler's log-probs are [M]."""
 
     vectors: dict[str, Tensor]
     owned: list[list[int]]
@@ -66,6 +66,9 @@ def make_batch(seed: int, *, tree: bool, num_rollouts: int = 5) -> Batch:
     base = -3 * torch.rand(num_rows, generator=generator, dtype=torch.float64)
     vectors = {name: base + 0.4 * torch.randn(num_rows, generator=generator, dtype=torch.float64) for name in INPUTS}
     vectors["entropy"] = vectors["entropy"].abs()
+    of_pairs = base[[row for rows in owned for row in rows]]
+    noise = torch.randn(len(of_pairs), generator=generator, dtype=torch.float64)
+    vectors["sampler_log_probs"] = of_pairs + 0.4 * noise
     for name in ("log_probs", "entropy"):
         vectors[name].requires_grad_()
     return Batch(vectors, owned, [rng.choice([-1.3, 0.0, 0.7, 2.1]) for _ in owned])
@@ -74,6 +77,7 @@ def make_batch(seed: int, *, tree: bool, num_rollouts: int = 5) -> Batch:
 def naive_loss(batch: Batch, config: LossConfig) -> Tensor:
     """The papers' formulas, one rollout and one token at a time; the batch is the global one."""
     v = batch.vectors
+    sampled = iter(v["sampler_log_probs"].tolist())
     per_rollout = []
     for rows, advantage in zip(batch.owned, batch.advantages, strict=True):
         token_ratios = [torch.exp(v["log_probs"][r] - v["old_log_probs"][r].detach()) for r in rows]
@@ -85,8 +89,8 @@ def naive_loss(batch: Batch, config: LossConfig) -> Tensor:
             bound = 1 + config.clip_high if advantage > 0 else 1 - config.clip_low
             outside = ratio > bound if advantage > 0 else ratio < bound
             term = -advantage * (torch.tensor(bound, dtype=torch.float64) if outside else ratio)
+            weight = math.exp(v["old_log_probs"][r].item() - next(sampled))
             if config.importance_cap is not None:
-                weight = math.exp(v["old_log_probs"][r].item() - v["sampler_log_probs"][r].item())
                 term = term * min(weight, config.importance_cap)
             odds = torch.exp(v["ref_log_probs"][r] - v["log_probs"][r])
             kl = {"k1": -odds.log(), "k2": odds.log() ** 2 / 2, "k3": odds - 1 - odds.log()}[config.kl_estimator]
@@ -152,8 +156,9 @@ def test_any_cut_into_packs_gives_the_same_loss_and_gradients(seed, tree, config
     for number in range(4):
         members = [i for i, pack in enumerate(packs) if pack == number]
         kept = sorted({row for i in members for row in batch.owned[i]})
+        of_pairs = [packs[i] == number for i, rows in enumerate(batch.owned) for _ in rows]
         part = Batch(
-            {name: values[kept] for name, values in batch.vectors.items()},
+            {name: values[of_pairs if name == "sampler_log_probs" else kept] for name, values in batch.vectors.items()},
             [[kept.index(row) for row in batch.owned[i]] for i in members],
             [batch.advantages[i] for i in members],
         )
@@ -179,7 +184,7 @@ def test_a_shared_row_counts_once_per_rollout_that_owns_it(config):
         ends = list(itertools.accumulate(len(owned) for owned in tree.owned))
         assert len(set(rows)) < len(rows)
         flat = Batch(
-            {name: values[rows] for name, values in tree.vectors.items()},
+            {name: values if name == "sampler_log_probs" else values[rows] for name, values in tree.vectors.items()},
             [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)],
             tree.advantages,
         )
@@ -227,7 +232,7 @@ def test_metrics_equal_counts_made_by_hand():
     v = {name: values.tolist() for name, values in batch.vectors.items()}
     each = [(a, r) for rows, a in zip(batch.owned, batch.advantages, strict=True) for r in rows]
     ratios = [math.exp(v["log_probs"][r] - v["old_log_probs"][r]) for _, r in each]
-    weights = [math.exp(v["old_log_probs"][r] - v["sampler_log_probs"][r]) for _, r in each]
+    weights = [math.exp(v["old_log_probs"][r] - x) for (_, r), x in zip(each, v["sampler_log_probs"], strict=True)]
     odds = [v["ref_log_probs"][r] - v["log_probs"][r] for _, r in each]
     moved = [v["old_log_probs"][r] - v["log_probs"][r] for _, r in each]
     expected = {
@@ -387,6 +392,7 @@ def test_bad_pairs_are_refused(change, message):
         ({"totals": BatchTotals(3, 1)}, "smaller than this pack's own"),
         ({"config": LossConfig(kl_coef=0.1)}, "kl_coef 0.1 needs ref_log_probs, got None"),
         ({"config": LossConfig(importance_cap=2)}, "importance_cap 2 needs sampler_log_probs, got None"),
+        ({"sampler_log_probs": torch.zeros(2)}, "sampler_log_probs must be a floating-point vector of 3"),
         ({"config": LossConfig(entropy_coef=0.1)}, "entropy_coef 0.1 needs entropy, got None"),
         ({"ref_log_probs": torch.zeros(4)}, "ref_log_probs must be a floating-point vector of 3"),
     ],

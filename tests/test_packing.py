@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prefix import Pack, RolloutGroup, RolloutTree, TreeNode, pack_groups
-from megatron_prefix.packing import NO_TARGET, balance_groups
+from megatron_prefix import Pack, PrefixLayout, RolloutGroup, RolloutTree, TreeNode, pack_and_split, pack_groups
+from megatron_prefix.packing import NO_TARGET, balance_groups, repeated_packs
 from tests.strategies import batches, rollout_groups
 
 Batch = list[RolloutGroup | RolloutTree]
@@ -55,7 +55,8 @@ def _of_tree(tree: RolloutTree) -> Iterator[list[Trained]]:
         for part in path:
             for i, token in enumerate(part.tokens):
                 if rollout in part.rollouts and (part.loss_mask is None or part.loss_mask[i]):
-                    trained.append(Trained(tuple(before), token, part.log_probs[i] if part.log_probs else None))
+                    own = part.log_probs and part.log_probs[part.rollouts.index(rollout)]
+                    trained.append(Trained(tuple(before), token, own[i] if own else None))
                 before.append(token)
         yield trained
 
@@ -73,11 +74,11 @@ def pairs_of(pack: Pack) -> list[list[Trained]]:
     """What the pairs of a pack train, by rollout."""
     found: list[list[Trained]] = [[] for _ in range(pack.pairs.num_rollouts)]
     sampled = pack.sampler_log_probs
-    for n, rollout in zip(pack.pairs.row.tolist(), pack.pairs.rollout.tolist(), strict=True):
+    for m, (n, rollout) in enumerate(zip(pack.pairs.row.tolist(), pack.pairs.rollout.tolist(), strict=True)):
         row = int(pack.response_rows[n])
         before = context(pack, row)
         assert pack.positions[row] == len(before) - 1
-        log_prob = None if sampled is None else sampled[n].item()
+        log_prob = None if sampled is None else sampled[m].item()
         found[rollout].append(Trained(before, int(pack.targets[row]), log_prob))
     return found
 
@@ -88,7 +89,7 @@ def without_log_probs(rollouts: list[list[Trained]]) -> list[list[Trained]]:
 
 def rows_needed(group: RolloutGroup | RolloutTree) -> int:
     if isinstance(group, RolloutTree):
-        return sum(len(node.tokens) for node in group.nodes) - 1
+        return sum(len(node.tokens) - (node.parent < 0) for node in group.nodes)
     return len(group.prompt) - 1 + sum(map(len, group.responses))
 
 
@@ -154,7 +155,10 @@ def test_response_rows_of_plain_groups_are_the_response_tokens_in_order(groups: 
     for repeated in (False, True):
         (pack,) = pack_groups(groups, repeated=repeated)
         assert pack.targets[pack.response_rows].tolist() == expected
-        sampled = [None if group.log_probs is None else [x for xs in group.log_probs for x in xs] for group in groups]
+        sampled = [
+            None if group.log_probs is None else [t.log_prob for rollout in _of_group(group) for t in rollout]
+            for group in groups
+        ]
         if None in sampled:
             assert pack.sampler_log_probs is None
         else:
@@ -288,16 +292,23 @@ NODE = TreeNode([4, 5], -1)
 @pytest.mark.parametrize(
     ("nodes", "rewards", "message"),
     [
-        ((), (1.0,), "exactly one root, as its first node"),
-        ((TreeNode([1], 0, (0,)),), (1.0,), "exactly one root, as its first node"),
-        ((NODE, TreeNode([1], -1, (0,))), (1.0,), "exactly one root, as its first node"),
-        ((TreeNode([1], -1, (0,)),), (1.0,), "node 0: nothing predicts the root's first token"),
+        ((), (1.0,), "needs a root as its first node"),
+        ((TreeNode([1], 0, (0,)),), (1.0,), "needs a root as its first node"),
+        ((NODE, TreeNode([1], -1, (0,))), (1.0,), "node 1: nothing predicts a root's first token"),
+        ((TreeNode([1], -1, (0,)),), (1.0,), "node 0: nothing predicts a root's first token"),
         ((NODE, TreeNode([], 0, (0,))), (1.0,), "node 1 is empty; it needs at least one token"),
         ((NODE, TreeNode([1], 0, (1,))), (1.0,), r"node 1: rollouts \(1,\) must be below 1, the number of rewards"),
         ((NODE, TreeNode([1], 0, (-1,))), (1.0,), r"node 1: rollouts \(-1,\)"),
         ((NODE, TreeNode([1], 0, (0, 0))), (1.0,), r"node 1: rollouts \(0, 0\) names a rollout twice"),
         ((NODE, TreeNode([1, 2], 0, (0,), loss_mask=[True])), (1.0,), "node 1: loss_mask has 1 entries for 2 tokens"),
-        ((NODE, TreeNode([1, 2], 0, (0,), log_probs=[-1.0])), (1.0,), "node 1: log_probs has 1 entries for 2 tokens"),
+        ((NODE, TreeNode([1, 2], 0, (0,), log_probs=[[-1.0]])), (1.0,), "node 1: log_probs has 1 entries for 2 tokens"),
+        ((NODE, TreeNode([1], 0, (0,), log_probs=[])), (1.0,), "node 1: log_probs of 0 rollouts for the 1 that own it"),
+        ((TreeNode([1], -1, joined=True), TreeNode([1], 0, (0,))), (1.0,), "node 0 is joined to its parent -1"),
+        (
+            (NODE, TreeNode([1], 0, (0,), joined=True), TreeNode([2], 0, (1,))),
+            (1.0, 0.0),
+            "node 1 is joined to its parent 0, but is not the only child",
+        ),
         ((NODE, TreeNode([1], 0, (0,))), (1.0, 0.0), r"rollouts \[1\] own no trained token"),
         ((NODE, TreeNode([1], 0, (0,), loss_mask=[False])), (1.0,), r"rollouts \[0\] own no trained token"),
         ((NODE, TreeNode([1], 5, (0,))), (1.0,), "node 1: parent must be -1 \\(a root\\) or an earlier node .* got 5"),
@@ -329,3 +340,35 @@ def test_trees_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         pack_groups([RolloutTree(nodes, rewards)])
+
+
+def test_a_trajectory_counts_once_in_its_groups_advantages() -> None:
+    """Two paths of one trajectory and one of another: as a group of two rewards, in every pack."""
+    nodes = (NODE, TreeNode([1], 0, (0,)), TreeNode([2], 0, (1,)), TreeNode([3], -1), TreeNode([4], 3, (2,)))
+    tree = RolloutTree(nodes, (1.0, 0.0, 1.0), "agent", (7, 2, 7))
+    two = RolloutGroup([4, 5], [[1], [2]], [1.0, 0.0])
+    for normalize_std in (True, False):
+        high, low = pack_groups([two], normalize_std=normalize_std)[0].advantages.tolist()
+        options = {"normalize_std": normalize_std}
+        packs = [
+            *pack_groups([tree], **options),
+            *pack_groups([tree], repeated=True, **options),
+        ]
+        assert all(pack.advantages.tolist() == [high, low, high] for pack in packs)
+        assert [pack.advantages.tolist() for pack in repeated_packs([tree], **options)] == [[high], [low], [high]]
+        parts = pack_and_split([tree], max_tokens_per_pack=2, **options)
+        assert len(parts) > 2
+        assert sorted(x for pack in parts for x in pack.advantages.tolist()) == [low, high, high]
+    with pytest.raises(ValueError, match=r"rollout 2 of trajectory 7 has the reward 0\.5, another has 1\.0"):
+        RolloutTree(nodes, (1.0, 0.0, 0.5), "agent", (7, 2, 7))
+    with pytest.raises(ValueError, match="2 trajectories for 3 rollouts"):
+        RolloutTree(nodes, (1.0, 0.0, 0.5), "agent", (7, 2))
+
+
+def test_joined_nodes_are_one_segment_and_messages_name_the_group() -> None:
+    nodes = (TreeNode([1, 2], -1), TreeNode([3, 4], 0, (0,), joined=True), TreeNode([5], 1, (0,)))
+    tree = RolloutTree(nodes, (1.0,), "long")
+    assert tree.layout == PrefixLayout([3, 1], [-1, 0])
+    assert pack_groups([tree])[0].tokens.tolist() == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"group 0 \('long'\) needs 4 rows"):
+        pack_groups([tree], max_tokens_per_pack=3)

@@ -56,9 +56,9 @@ def pairs_of(packs: list[Pack]) -> Counter[Any]:
     found: Counter[Any] = Counter()
     for pack in packs:
         seen = context(pack, None if pack.is_prefix else prefixes.get(id(pack.prefix)))
-        for number, rollout in zip(pack.pairs.row.tolist(), pack.pairs.rollout.tolist(), strict=True):
+        for m, (number, rollout) in enumerate(zip(pack.pairs.row.tolist(), pack.pairs.rollout.tolist(), strict=True)):
             row = int(pack.response_rows[number])
-            sampled = None if pack.sampler_log_probs is None else round(float(pack.sampler_log_probs[number]), 5)
+            sampled = None if pack.sampler_log_probs is None else round(float(pack.sampler_log_probs[m]), 5)
             values = (float(pack.advantages[rollout]), float(pack.rewards[rollout]), sampled)
             values = (*values, int(pack.pairs.lengths[rollout]))
             found[(seen[row], int(pack.targets[row]), *values)] += 1

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prefix.advantages import group_advantages
 from megatron_prefix.attention import resolve_impl
 from megatron_prefix.bench.group import DTYPES, GroupSizes
 from megatron_prefix.bench.report import TOLERANCE, check_equal, new_report
@@ -31,7 +32,6 @@ from megatron_prefix.bench.step import (
     random_model,
     random_rollouts,
 )
-from megatron_prefix.loss import group_advantages
 from megatron_prefix.mcore.schedule import PREFIX_ACTIVATIONS
 from megatron_prefix.measure import interleaved_times
 from megatron_prefix.model_config import ModelConfig
