@@ -150,9 +150,9 @@ class _OpenGroup:
                 "trajectory lines"
             )
         if differ:
+            where = f"one of {unit}s {self.number} and {number} has" if number != self.number else "some rollouts have"
             raise ValueError(
-                f"group {group_id!r}: only one of {unit}s {self.number} and {number} has log_probs; "
-                "give them on all lines of a group or on none"
+                f"group {group_id!r}: only {where} log_probs; give them on all {unit}s of a group or on none"
             )
 
     def add(self, new: Sample | Trajectory) -> None:

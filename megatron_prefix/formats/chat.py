@@ -26,7 +26,7 @@ def chat_lines(record: dict[str, Any], tokenizer: ChatTokenizer) -> list[dict[st
     Raises:
         ValueError: messages that are not as documented, or a template that cannot say what the assistant wrote.
     """
-    messages = list_of(record["messages"], "'messages'", "messages")
+    messages = list_of(key_of(record, "messages", "conversation"), "'messages'", "messages")
     for i, message in enumerate(messages):
         where = f"message {i}"
         if not isinstance(message, dict):

@@ -36,12 +36,12 @@ def nemo_rl_lines(record: dict[str, Any]) -> list[dict[str, Any]]:
         ValueError: keys are missing or their lists do not fit one another.
         LeftOutError: the line says that it is not trained.
     """
-    line = _of_messages(record) if "message_log" in record else _of_training_data(record)
     multiplier = _one(record.get("sample_loss_mask", record.get("loss_multiplier", 1)))
     if multiplier not in (0, 1):
         raise ValueError(f"sample_loss_mask (loss_multiplier) must be 0 or 1, got {reprlib.repr(multiplier)}")
     if not multiplier:
         raise LeftOutError("sample_loss_mask (loss_multiplier) is 0: NeMo-RL does not train on it")
+    line = _of_messages(record) if "message_log" in record else _of_training_data(record)
     if record.get("group_id") is not None:
         group_id = id_of(record["group_id"], "group_id")
     else:

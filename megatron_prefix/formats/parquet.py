@@ -48,7 +48,7 @@ def parquet_rows(file: str) -> Iterator[tuple[int, Load]]:
             thrift_container_size_limit=MOST_METADATA_BYTES,
             page_checksum_verification=True,
         )
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot read Parquet: {_first_line(error)}") from error
     number = 0
     with opened:
