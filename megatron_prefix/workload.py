@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_prefix.layout import PartLayout, PrefixLayout
@@ -49,11 +50,42 @@ class Workload:
         if isinstance(group, RolloutTree):
             targets = sum(len(node.tokens) for node in group.nodes if node.rollouts)
             return cls.of_layout(group.layout, targets)
-        prefix = len(group.prompt) - 1
-        lengths = [len(tokens) for tokens in group.responses]
+        return cls.of_lengths(len(group.prompt) - 1, [len(tokens) for tokens in group.responses])
+
+    @classmethod
+    def of_lengths(cls, prefix: int, lengths: Sequence[int]) -> Workload:
+        """Of a prefix of so many rows and responses of these, in one pack."""
         rows = sum(lengths)
         pairs = _triangle(prefix) + sum(prefix * length + _triangle(length) for length in lengths)
-        return cls(prefix + rows, rows, pairs, rows if prefix else 0, 1 if prefix else 0)
+        merged = rows if prefix else 0
+        return cls(prefix + rows, rows, pairs, merged, 1 if merged else 0)
+
+    @classmethod
+    def of_response(cls, prefix: int, rows: int) -> Workload:
+        """Of a response to a prefix of so many rows that are in another pack."""
+        return cls(rows, rows, prefix * rows + _triangle(rows), rows if prefix else 0, 1 if prefix else 0)
+
+    @classmethod
+    def of_nodes(cls, tree: RolloutTree, packs: Iterable[Sequence[int]]) -> list[Workload]:
+        """Of the packs of a split tree, each given by its nodes; ancestors' keys may be in another of them."""
+        layout = tree.layout
+        keyed: list[tuple[int, ...]] = []  # levels of the ancestors with keys
+        for parent in layout.parents:
+            own = (layout.levels[parent],) if parent >= 0 and layout.lengths[parent] else ()
+            keyed.append((*keyed[parent], *own) if parent >= 0 else ())
+        found = []
+        for nodes in packs:
+            lengths = [(layout.lengths[i], i) for i in nodes if layout.lengths[i]]
+            found.append(
+                cls(
+                    rows=sum(rows for rows, _ in lengths),
+                    target_rows=sum(rows for rows, i in lengths if tree.nodes[i].rollouts),
+                    pairs=sum(rows * layout.first_positions[i] + _triangle(rows) for rows, i in lengths),
+                    merged_rows=sum(rows * len(keyed[i]) for rows, i in lengths),
+                    levels=len({level for _, i in lengths for level in keyed[i]}),
+                )
+            )
+        return found
 
     @classmethod
     def repeated(cls, group: RolloutGroup | RolloutTree) -> Workload:
