@@ -188,7 +188,6 @@ def pipeline_jobs(packs: Iterable[Pack], *, pair_cost: float = 0.0, forward_only
     """
     jobs: list[PipelineJob] = []
     prefixes: dict[int, int] = {}
-    begins: dict[int, PipelineJob] = {}
     for pack in packs:
         work = pack.layout.num_rows + pair_cost * pack.layout.area
         if pack.prefix is None:
@@ -196,13 +195,12 @@ def pipeline_jobs(packs: Iterable[Pack], *, pair_cost: float = 0.0, forward_only
             continue
         number = prefixes.setdefault(id(pack.prefix), len(prefixes))
         jobs.append(PipelineJob("A" if pack.is_prefix else "B", work, number))
-        if pack.is_prefix:
-            begins[number] = jobs[-1]
-    return jobs if forward_only else _with_prefix_backwards(jobs, begins)
+    return jobs if forward_only else with_prefix_backwards(jobs)
 
 
-def _with_prefix_backwards(jobs: list[PipelineJob], begins: dict[int, PipelineJob]) -> list[PipelineJob]:
+def with_prefix_backwards(jobs: Sequence[PipelineJob]) -> list[PipelineJob]:
     """A C behind the last part of every prefix, where the schedule has it."""
+    begins = {job.prefix: job for job in jobs if job.kind == "A"}
     last = {job.prefix: i for i, job in enumerate(jobs)}
     found = []
     for i, job in enumerate(jobs):

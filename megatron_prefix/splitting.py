@@ -93,7 +93,8 @@ def pack_and_split(
     """
     splits = plan_splits(groups, max_tokens_per_pack=max_tokens_per_pack, num_parts=num_parts)
     check_sampler_log_probs(groups)
-    packs = [pack for split in splits if split is not None for pack in _packs_of(split, normalize_std)]
+    cut = [split for split in splits if split is not None]
+    packs = [pack for split in cut for pack in packs_of_split(split, normalize_std=normalize_std)]
     whole = [group for group, split in zip(groups, splits, strict=True) if split is None]
     if whole:
         packs += pack_groups(whole, max_tokens_per_pack=max_tokens_per_pack, normalize_std=normalize_std)
@@ -133,15 +134,21 @@ def split_first(splits: Sequence[Split | None]) -> list[int]:
     return sorted(range(len(splits)), key=lambda i: splits[i] is None)
 
 
-def _packs_of(split: Split, normalize_std: bool) -> list[Pack]:
+def packs_of_split(split: Split, *, normalize_std: bool = True) -> list[Pack]:
+    """The packs of a split group: its prefix's, where it has rows, and its parts'."""
     builder = _Builder(split, split.tree.advantages(normalize_std=normalize_std))
     packs = [builder.part(n) for n in range(len(split.parts))]
     # A prompt of one token shares no row, and its parts then stand alone.
     return [builder.prefix_pack(), *packs] if builder.shared is not None else packs
 
 
-def _cut(tree: RolloutTree, limit: int, num_parts: int, name: str) -> Split:
-    below = _subtree_rows(tree)
+def prefix_nodes(tree: RolloutTree, limit: int, name: str) -> list[int]:
+    """The nodes whose subtrees have more rows than ``limit``: the prefix of a group that is split.
+
+    Raises:
+        ValueError: a single node, or the prefix, has more rows than the limit; names the group as ``name``.
+    """
+    below = subtree_rows(tree)
     prefix = [i for i in range(len(tree.nodes)) if below[i] > limit]
     leaves = set(range(len(tree.nodes))) - {node.parent for node in tree.nodes}
     for i in prefix:
@@ -156,6 +163,24 @@ def _cut(tree: RolloutTree, limit: int, num_parts: int, name: str) -> Split:
         raise ValueError(
             f"group {name}: its prefix has {shared} rows, max_tokens_per_pack is {limit}; raise it to at least {shared}"
         )
+    return prefix
+
+
+def subtrees_below(tree: RolloutTree, prefix: Iterable[int]) -> list[list[int]]:
+    """Nodes of each subtree under a prefix, in order: what a part of a split group is made of."""
+    shared = set(prefix)
+    found: list[list[int]] = []
+    for i, node in enumerate(tree.nodes):
+        if i not in shared:
+            if node.parent in shared or node.parent < 0:
+                found.append([])
+            found[-1].append(i)
+    return found
+
+
+def _cut(tree: RolloutTree, limit: int, num_parts: int, name: str) -> Split:
+    prefix = prefix_nodes(tree, limit, name)
+    below = subtree_rows(tree)
     parts = _fill_parts(tree, set(prefix), below, limit)
     if len(parts) < num_parts:
         parts = _even_parts(tree, set(prefix), below, num_parts)
@@ -192,7 +217,8 @@ def _fill_parts(tree: RolloutTree, prefix: set[int], below: list[int], limit: in
     return parts
 
 
-def _subtree_rows(tree: RolloutTree) -> list[int]:
+def subtree_rows(tree: RolloutTree) -> list[int]:
+    """Rows of the subtree of each node."""
     rows = [len(node_rows(tree, i)) for i in range(len(tree.nodes))]
     for i in reversed(range(len(rows))):
         if tree.nodes[i].parent >= 0:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_prefix.layout import PartLayout, PrefixLayout
 from megatron_prefix.rollout_group import RolloutGroup
-from megatron_prefix.rollout_tree import RolloutTree, path_of
+from megatron_prefix.rollout_tree import RolloutTree, node_rows, path_of
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,59 @@ class Workload:
         if isinstance(group, RolloutTree):
             targets = sum(len(node.tokens) for node in group.nodes if node.rollouts)
             return cls.of_layout(group.layout, targets)
-        prefix = len(group.prompt) - 1
-        lengths = [len(tokens) for tokens in group.responses]
+        return cls.of_lengths(len(group.prompt) - 1, [len(tokens) for tokens in group.responses])
+
+    @classmethod
+    def of_lengths(cls, prefix: int, lengths: Sequence[int]) -> Workload:
+        """Of a prefix of so many rows and responses of these, in one pack."""
         rows = sum(lengths)
         pairs = _triangle(prefix) + sum(prefix * length + _triangle(length) for length in lengths)
-        return cls(prefix + rows, rows, pairs, rows if prefix else 0, 1 if prefix else 0)
+        merged = rows if prefix else 0
+        return cls(prefix + rows, rows, pairs, merged, 1 if merged else 0)
+
+    @classmethod
+    def of_response(cls, prefix: int, rows: int) -> Workload:
+        """Of a response to a prefix of so many rows that are in another pack."""
+        return cls(rows, rows, prefix * rows + _triangle(rows), rows if prefix else 0, 1 if prefix else 0)
+
+    @classmethod
+    def of_nodes(cls, tree: RolloutTree, packs: Iterable[Sequence[int]]) -> list[Workload]:
+        """Of the packs of a split tree, each given by its nodes; ancestors' keys may be in another of them."""
+        packs = [list(nodes) for nodes in packs]
+        pack_of = {i: n for n, nodes in enumerate(packs) for i in nodes}
+        rows = [len(node_rows(tree, i)) for i in range(len(tree.nodes))]
+        # Of each node: the first node of its segment, its level, its position, and the levels of ancestors with keys.
+        heads: list[int] = []
+        levels: list[int] = []
+        positions: list[int] = []
+        in_segment = [0] * len(rows)
+        for i, node in enumerate(tree.nodes):
+            above = node.parent
+            joined = node.joined and pack_of[i] == pack_of[above]
+            heads.append(heads[above] if joined else i)
+            levels.append(0 if above < 0 else levels[above] + (not joined))
+            positions.append(0 if above < 0 else positions[above] + rows[above])
+            in_segment[heads[i]] += rows[i]
+        keyed: list[tuple[int, ...]] = []
+        for i, node in enumerate(tree.nodes):
+            if heads[i] != i or node.parent < 0:
+                keyed.append(keyed[heads[i]] if heads[i] != i else ())
+            else:
+                above = heads[node.parent]
+                keyed.append((*keyed[above], levels[above]) if in_segment[above] else keyed[above])
+        found = []
+        for nodes in packs:
+            mine = [i for i in nodes if rows[i]]
+            found.append(
+                cls(
+                    rows=sum(rows[i] for i in mine),
+                    target_rows=sum(rows[i] for i in mine if tree.nodes[i].rollouts),
+                    pairs=sum(rows[i] * positions[i] + _triangle(rows[i]) for i in mine),
+                    merged_rows=sum(rows[i] * len(keyed[i]) for i in mine),
+                    levels=len({level for i in mine for level in keyed[i]}),
+                )
+            )
+        return found
 
     @classmethod
     def repeated(cls, group: RolloutGroup | RolloutTree) -> Workload:
