@@ -73,6 +73,15 @@ def broadcast(x: Tensor, src: int, group: Group) -> Tensor:
     return x
 
 
+def all_gather(x: Tensor, group: Group) -> list[Tensor]:
+    """``x`` of every rank, in rank order; the same shape and dtype on all."""
+    if group_size(group) == 1:
+        return [x]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return parts
+
+
 def all_gather_object(value: Any, group: Group) -> list[Any]:
     """One Python object of every rank, in rank order."""
     size = group_size(group)
