@@ -25,6 +25,12 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else group.rank()
 
 
+def share_of_rank(count: int, group: Group) -> range:
+    """The part of ``count`` items that is this rank's: even, and in rank order."""
+    rank, size = group_rank(group), group_size(group)
+    return range(rank * count // size, (rank + 1) * count // size)
+
+
 def group_of_this_rank() -> dist.ProcessGroup:
     """A group of this process alone. Every process calls it: making groups is collective."""
     return _group_with_this_rank([[rank] for rank in range(dist.get_world_size())])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +69,7 @@ def whole_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
             yield name, broadcast(whole.contiguous(), stage, groups.pp)
 
 
-def _partition_dim(parameter: Tensor) -> int | None:
+def _partition_dim(parameter: Any) -> int | None:
     """The dimension that tensor-parallel ranks share; None where each has the whole."""
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 

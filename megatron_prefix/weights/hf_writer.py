@@ -148,7 +148,7 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
     if len(shards) == 1:
         (folder / "0").rename(folder / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{i}").rename(folder / file)
