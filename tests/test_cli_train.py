@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from megatron_prefix.cli.train import _batch
 from megatron_prefix.mcore.checkpoint import load_config, load_state
+from megatron_prefix.mcore.step_source import batch_of_step
 from megatron_prefix.packing import pack_groups
 from megatron_prefix.rollouts import read_rollouts
 from megatron_prefix.splitting import plan_splits
@@ -284,7 +284,7 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut(
     files: Path, one_process: dict[str, Run], two_processes: dict[str, Run]
 ) -> None:
     groups = read_rollouts(files / "rollouts.jsonl")
-    batches = [[groups[i] for i in _batch(len(groups), 2, step, 3)] for step in range(3)]
+    batches = [[groups[i] for i in batch_of_step(len(groups), 2, step, 3)] for step in range(3)]
     assert any(len(pack_groups(batch, max_tokens_per_pack=25)) == 2 for batch in batches)
     base = metrics_of(files, "base")
     for name in ("packs", "chunks", "split"):
@@ -324,7 +324,7 @@ def test_compare_of_split_groups_on_two_stages(two_processes: dict[str, Run]) ->
 def test_metrics_lines(files: Path, one_process: dict[str, Run]) -> None:
     groups = read_rollouts(files / "rollouts.jsonl")
     for step, line in enumerate(metrics_of(files, "base")):
-        batch = [groups[i] for i in _batch(len(groups), 2, step, 3)]
+        batch = [groups[i] for i in batch_of_step(len(groups), 2, step, 3)]
         rewards = [reward for group in batch for reward in group.rewards]
         assert line["reward"] == pytest.approx(sum(rewards) / len(rewards))
         assert line["rollouts"] == len(rewards)
@@ -358,14 +358,18 @@ def test_kl_is_to_the_policy_at_the_start(files: Path, one_process: dict[str, Ru
 @pytest.mark.parametrize("per_step", [1, 2, 3, 7])
 def test_batches_have_no_group_twice_and_leave_none_out(num_groups: int, per_step: int) -> None:
     size = min(num_groups, per_step)
-    steps = [_batch(num_groups, per_step, step, 0) for step in range(60)]
+    steps = [batch_of_step(num_groups, per_step, step, 0) for step in range(60)]
     assert all(len(batch) == len(set(batch)) == size for batch in steps)
     assert set().union(*steps) == set(range(num_groups))
     epoch = num_groups // size
     for start in range(0, 60 - epoch, epoch):
         seen = [i for batch in steps[start : start + epoch] for i in batch]
         assert len(seen) == len(set(seen))
-    assert num_groups < 3 or per_step >= num_groups or steps != [_batch(num_groups, per_step, s, 1) for s in range(60)]
+    assert (
+        num_groups < 3
+        or per_step >= num_groups
+        or steps != [batch_of_step(num_groups, per_step, s, 1) for s in range(60)]
+    )
 
 
 # ---- the comparison

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_prefix import LossConfig, RolloutGroup
+from megatron_prefix.cli.comparison import show_comparison
 from megatron_prefix.cli.plots import plot_comparison
-from megatron_prefix.cli.train import show_comparison
 from megatron_prefix.mcore.compare import StepComparison, StepCost, compare_step
 from megatron_prefix.mcore.equivalence import Differences
 from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec

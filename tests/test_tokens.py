@@ -103,13 +103,13 @@ def kept_by_train(rank: int, world_size: int, invocations: list[tuple[list[str],
     """Of every run of `train`, which groups this rank keeps without token ids."""
     kept: list[list[bool]] = []
 
-    class Spy(train._Run):
+    class Spy(train.StoredRollouts):
         def __init__(self, trainer: Any, groups: Any, *rest: Any, **settings: Any) -> None:
             kept.append([isinstance(group.prompt, TokenCount) for group in groups])
             super().__init__(trainer, groups, *rest, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_Run", Spy)
+        patch.setattr(train, "StoredRollouts", Spy)
         for run in invoke_all(rank, world_size, invocations):
             assert run.exit_code == 0, run.crash + run.stderr
     return kept

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
-from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ import click
 import torch
 
 from megatron_prefix.attention import resolve_impl
-from megatron_prefix.cli.console import print_json, print_table, progress_bar, stderr_console
+from megatron_prefix.cli.comparison import compare_with_repeated, show_comparison
+from megatron_prefix.cli.console import print_json, progress_bar, stderr_console
 from megatron_prefix.cli.options import (
     ModelFlags,
     ParallelFlags,
@@ -27,30 +25,25 @@ from megatron_prefix.cli.options import (
 )
 from megatron_prefix.cli.pipeline_options import max_tokens_option
 from megatron_prefix.cli.plots import plot_comparison
-from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.cli.resume import check_resume, check_same_model
 from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.checkpoint import (
     fingerprint,
     latest_checkpoint,
     load_checkpoint,
-    load_state,
-    save_checkpoint,
-    step_folder,
 )
-from megatron_prefix.mcore.compare import StepComparison, compare_step
 from megatron_prefix.mcore.core_attention import attention_layers
 from megatron_prefix.mcore.fused import describe_implementations
 from megatron_prefix.mcore.parallel import destroy
-from megatron_prefix.mcore.repeated import repeated_log_probs
 from megatron_prefix.mcore.step_plan import plan_step
+from megatron_prefix.mcore.step_source import StoredRollouts
 from megatron_prefix.mcore.tokens import groups_on_this_rank
-from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
+from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
+from megatron_prefix.mcore.training_loop import Checkpoints, TrainingLoop
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.packing import Pack, balance_groups
 from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup, read_rollouts
-from megatron_prefix.splitting import pack_and_split, plan_splits, split_first
 
 
 @click.command("train")
@@ -125,7 +118,7 @@ def train_command(
     start = latest_checkpoint(save) if save else None
     if start and not resume:
         raise ValueError(f"--save {save} already holds {start.name}; add --resume to go on, or name another folder")
-    saved = _check_resume(start, config, state, rollouts) if start else {"step": 0}
+    saved = check_resume(start, config, state, rollouts) if start else {"step": 0}
     first: int = saved["step"]
     sizes = parallel.start(seed)
     if min(groups_per_step, len(groups)) < (sizes.dp or 1):
@@ -140,15 +133,21 @@ def train_command(
     if save:
         state["model_fingerprint"] = fingerprint(model)
     if start:
-        _check_model(start, saved, state | names)
+        check_same_model(start, saved, state | names)
     trainer = PolicyTrainer(model, settings, loss)
-    batches = [_batch(len(groups), groups_per_step, step, seed) for step in range(first, steps)]
     if not compare:  # which runs a whole model on every rank
         groups = groups_on_this_rank(groups, trainer.model)
-    run = _Run(trainer, groups, max_tokens_per_microbatch, with_reference=loss.kl_coef > 0)
-    run.measure_old_log_probs(sorted({i for batch in batches for i in batch}))
-    if start:
-        load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
+    source = StoredRollouts(
+        trainer,
+        groups,
+        groups_per_step,
+        seed=seed,
+        max_tokens=max_tokens_per_microbatch,
+        with_reference=loss.kl_coef > 0,
+    )
+    left = range(first, steps)
+    with progress_bar("old log-probs", len(source.groups_to_measure(left)), unit="tokens") as advance:
+        source.measure_old_log_probs(left, advance)
     console = stderr_console()
     console.print(_banner(config, flags, sizes, len(groups), first, steps))
     console.print(describe_implementations(trainer.optimizer, trainer.chunks), markup=False)
@@ -156,34 +155,32 @@ def train_command(
         console.print(
             f"{len(num_parts)} of {len(groups)} groups are split, into {sum(num_parts)} parts; their prefixes run once"
         )
-    if sizes.pp > 1 and batches:
-        packs = run.packs(run.share(batches[0]))
+    if sizes.pp > 1 and left:
+        packs = source.packs(source.share(source.batch(first)))
         console.print(plan_step(packs, trainer.config, max_live_prefixes=settings.max_live_prefixes).describe())
     if sizes.cp > 1:
         layers = attention_layers(trainer.config, parallel.cp_a2a)
         console.print(_placement(groups[0], sizes.cp, settings.cp_placement, layers))
+    tokenizer_from = flags.model if flags.model and flags.model.is_dir() else None
+    checkpoints = Checkpoints(save, config, state | names, save_every, tokenizer_from) if save else None
     result: dict[str, Any] = {"steps": steps, "resumed_from": first}
     with progress_bar("train", max(steps - first, 0), unit="tokens") as advance:
-        for step, batch in enumerate(batches, start=first + 1):
-            measured = run.step(batch)
+
+        def on_step(step: int, measured: dict[str, float]) -> None:
             advance(units=int(measured["tokens"]), note=f"loss {measured['loss']:+.4f} reward {measured['reward']:.3f}")
             _append(metrics, {"step": step} | measured)
-            result |= measured
-            if save and (step == steps or (save_every and step % save_every == 0)):
-                save_checkpoint(
-                    step_folder(save, step),
-                    trainer.model,
-                    config,
-                    optimizer=trainer.optimizer,
-                    state=state | names | {"step": step},
-                    tokenizer_from=flags.model if flags.model and flags.model.is_dir() else None,
-                )
-    if not batches:
+
+        loop = TrainingLoop(trainer, source, on_step, checkpoints)
+        if start:
+            load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
+            loop.load_state_dict(saved)
+        result |= loop.run(steps)
+    if not left:
         console.print(f"nothing to do: {start} is at step {first} of {steps}; raise --steps to train on")
     if save:
         console.print(f"checkpoint: {latest_checkpoint(save)}")
     if compare:
-        comparison = _compare(
+        comparison = compare_with_repeated(
             trainer, config, flags, parallel, groups[: max(compare, sizes.dp or 1)], max_tokens_per_microbatch
         )
         result |= show_comparison(comparison)
@@ -193,106 +190,6 @@ def train_command(
     if as_json:
         print_json(result)
     destroy()
-
-
-class _Run:
-    """The global batches of a run: this rank's share of each, and the log-probs that its loss is measured against."""
-
-    def __init__(
-        self, trainer: PolicyTrainer, groups: Sequence[RolloutGroup], max_tokens: int | None, *, with_reference: bool
-    ) -> None:
-        self.trainer, self.groups, self.max_tokens = trainer, groups, max_tokens
-        self.with_reference = with_reference
-        self.old: dict[int, torch.Tensor] = {}
-        self.dp_group = trainer.dp_group
-
-    def measure_old_log_probs(self, wanted: Sequence[int]) -> None:
-        """Log-probs under the policy as it is, each group on one data-parallel rank, known to all afterwards."""
-        mine = wanted[self.dp_group.rank() :: self.dp_group.size()]
-        found = {}
-        at_once = self.trainer.pp_group.size()  # enough to keep all stages busy
-        with progress_bar("old log-probs", len(mine), unit="tokens") as advance:
-            for some in (mine[first : first + at_once] for first in range(0, len(mine), at_once)):
-                packs = {i: pack_and_split([self.groups[i]], max_tokens_per_pack=self.max_tokens) for i in some}
-                results = iter(self.trainer.log_probs_of([pack for each in packs.values() for pack in each]))
-                for i, each in packs.items():
-                    found[i] = torch.cat([next(results) for _ in each])
-                    advance(units=sum(pack.layout.num_rows for pack in each))
-        for part in all_gather_object(found, self.dp_group):
-            self.old |= part
-
-    def share(self, batch: Sequence[int]) -> list[int]:
-        """This data-parallel rank's groups of a batch."""
-        share = balance_groups([self.groups[i] for i in batch], self.dp_group.size())[self.dp_group.rank()]
-        return [batch[n] for n in share]
-
-    def packs(self, share: Sequence[int]) -> list[Pack]:
-        """The micro-batches of these groups."""
-        return pack_and_split([self.groups[i] for i in share], max_tokens_per_pack=self.max_tokens)
-
-    def step(self, batch: Sequence[int]) -> dict[str, float]:
-        """One optimizer step on the groups of ``batch``; metrics of the global batch."""
-        share = self.share(batch)
-        order = split_first(plan_splits([self.groups[i] for i in share], max_tokens_per_pack=self.max_tokens))
-        old = torch.cat([self.old[share[n]] for n in order])
-        inputs = []
-        for pack in self.packs(share):
-            count = pack.response_rows.numel()
-            inputs.append(StepInput(pack, old[:count], old[:count] if self.with_reference else None))
-            old = old[count:]
-        metrics = self.trainer.step(inputs)
-        rewards = [reward for i in batch for reward in self.groups[i].rewards]
-        layouts = [RolloutTree.from_group(self.groups[i]).layout for i in batch]
-        return metrics | {
-            "reward": sum(rewards) / len(rewards),
-            "tokens": sum(layout.num_rows for layout in layouts),
-            "tokens_repeated": sum(layout.repeated().num_rows for layout in layouts),
-        }
-
-
-def _batch(num_groups: int, groups_per_step: int, step: int, seed: int) -> list[int]:
-    """Groups of a step. Each epoch is a new seeded order, cut into whole steps; what is left over sits it out."""
-    size = min(groups_per_step, num_groups)
-    epoch, index = divmod(step, num_groups // size)
-    order = list(range(num_groups))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return sorted(order[index * size : (index + 1) * size])
-
-
-_START_ANEW = "start anew with the checkpoint as --model and another --save"
-
-
-def _check_resume(checkpoint: Path, config: ModelConfig, state: Mapping[str, Any], rollouts: Path) -> dict[str, Any]:
-    """The saved state to go on from. Other groups, another order of them, another kind of optimizer cannot go on."""
-    saved = load_state(checkpoint, config=config)
-    missing = sorted({"step", "model", "model_fingerprint", "rollouts", *state} - saved.keys())
-    if missing:
-        raise ValueError(
-            f"--resume: {checkpoint} was not saved by this version of `train`, its state has no {missing[0]}; "
-            f"{_START_ANEW}"
-        )
-    if saved["rollouts_sha256"] != state["rollouts_sha256"]:
-        raise ValueError(
-            f"--resume: {checkpoint} was trained on {saved['rollouts']}, which had other contents than {rollouts} has; "
-            f"give that file, or {_START_ANEW}"
-        )
-    for name, value in state.items():
-        if saved[name] != value:
-            raise ValueError(
-                f"--resume: {checkpoint} was saved with {name} {saved[name]}, this run has {name} {value}; use the "
-                f"same, or {_START_ANEW}"
-            )
-    return saved
-
-
-def _check_model(checkpoint: Path, saved: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Old log-probs are those of the model that the run began with, which must be the same."""
-    if saved["model_fingerprint"] != state["model_fingerprint"]:
-        raise ValueError(
-            f"--resume: {checkpoint} began with --model {saved['model']}, and --model {state['model']} has other "
-            "weights, so that old log-probs would be others; give the model that the run began with, or "
-            f"{_START_ANEW}"
-        )
 
 
 def _append(path: Path | None, record: dict[str, Any]) -> None:
@@ -318,54 +215,3 @@ def _placement(group: RolloutGroup, cp_size: int, placement: str, layers: CpLaye
     comm_types = ", ".join(sorted(set(layers.comm_types)))
     shares = "/".join(str(layout.num_rows) for layout in plan.local_layouts)
     return f"cp {cp_size}, {comm_types}, placement {placement}: the first group's rows go {shares} by {plan.name}"
-
-
-def _compare(
-    trainer: PolicyTrainer,
-    config: ModelConfig,
-    flags: ModelFlags,
-    parallel: ParallelFlags,
-    groups: Sequence[RolloutGroup],
-    max_tokens: int | None,
-) -> StepComparison:
-    plain_model = flags.build_plain(config, parallel, trainer.model)
-    log_probs = partial(repeated_log_probs, temperature=trainer.settings.temperature)
-    plain = PolicyTrainer(plain_model, trainer.settings, trainer.loss, log_probs=log_probs)
-    with progress_bar("repeated vs grouped", 5, unit="tokens") as advance:
-        return compare_step(trainer, plain, trainer.shard(groups), max_tokens, advance)
-
-
-def show_comparison(comparison: StepComparison) -> dict[str, Any]:
-    """Print the table "repeated prefixes vs grouped"; returns its numbers."""
-    old, new, found = comparison.repeated, comparison.grouped, comparison.found
-    rows = [
-        ("tokens executed", f"{old.rows:,}", f"{new.rows:,}", f"{old.rows / new.rows:.2f}x"),
-        ("attention area (pairs)", f"{old.area:,}", f"{new.area:,}", f"{old.area / new.area:.2f}x"),
-        ("step time (s)", f"{old.seconds:.2f}", f"{new.seconds:.2f}", f"{old.seconds / new.seconds:.2f}x"),
-        (
-            "peak memory (MiB)",
-            f"{old.peak_bytes / 2**20:,.0f}",
-            f"{new.peak_bytes / 2**20:,.0f}",
-            f"{old.peak_bytes / max(new.peak_bytes, 1):.2f}x",
-        ),
-        ("max |difference| of log-probs", "", f"{found.max_log_prob_diff:.1e}", ""),
-        (
-            "relative gradient difference (worst)",
-            "",
-            f"{found.max_grad_rel_diff:.1e}" if found.gradients else "sharded: see verify",
-            "",
-        ),
-    ]
-    print_table("repeated prefixes vs grouped", ("one GRPO step", "repeated", "grouped", "ratio"), rows)
-    return {
-        "rows_repeated": old.rows,
-        "rows_grouped": new.rows,
-        "area_repeated": old.area,
-        "area_grouped": new.area,
-        "seconds_repeated": old.seconds,
-        "seconds_grouped": new.seconds,
-        "peak_bytes_repeated": old.peak_bytes,
-        "peak_bytes_grouped": new.peak_bytes,
-        "max_log_prob_diff": found.max_log_prob_diff,
-        "max_grad_rel_diff": found.max_grad_rel_diff,
-    }
