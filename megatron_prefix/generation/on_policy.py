@@ -39,9 +39,7 @@ class Prompt:
     score: Callable[[Sequence[int]], Score]
 
 
-def task_prompts(
-    tasks: Sequence[Task], tokenizer: ChatTokenizer, reward: RewardFunction | None = None
-) -> list[Prompt]:
+def task_prompts(tasks: Sequence[Task], tokenizer: ChatTokenizer, reward: RewardFunction | None = None) -> list[Prompt]:
     """The prompts of tasks, scored by their own scorers or by ``reward``.
 
     Raises:

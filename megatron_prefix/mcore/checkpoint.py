@@ -28,10 +28,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_prefix.collectives import all_gather_object, barrier
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.weights.hf_writer import TOKENIZER_FILES
 
 CONFIG_FILE = "model.json"
 STATE_FILE = "state.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _WEIGHTS = "weights"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 

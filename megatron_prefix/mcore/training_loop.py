@@ -87,7 +87,7 @@ def batch_metrics(batch: StepBatch) -> dict[str, float]:
     """What is known of a global batch without the policy."""
     rewards = [reward for group in batch.groups for reward in group.rewards]
     layouts = [RolloutTree.from_group(group).layout for group in batch.groups]
-    return {
+    return dict(batch.metrics) | {
         "reward": sum(rewards) / len(rewards),
         "tokens": sum(layout.num_rows for layout in layouts),
         "tokens_repeated": sum(layout.repeated().num_rows for layout in layouts),

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prefix.generation.tokenizer import SETTINGS_FILE, TOKENIZER_FILE
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.weights.hf_folder import INDEX, LLAMA3, SINGLE
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 MAX_SHARD_BYTES = 5 * 10**9
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -132,7 +132,7 @@ def write_hf_folder(
     # Without this file a server would take the sampling defaults of none; with it, it knows where responses end.
     generation = {"eos_token_id": values["eos_token_id"]}
     (beside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    for file in TOKENIZER_FILES:
+    for file in (TOKENIZER_FILE, SETTINGS_FILE):
         if tokenizer_from is not None and (Path(tokenizer_from) / file).is_file():
             shutil.copyfile(Path(tokenizer_from) / file, beside / file)
     beside.replace(out)
