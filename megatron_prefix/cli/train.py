@@ -165,9 +165,9 @@ def train_command(
     left = range(first, max(first, steps))
     source: Any = data.source(trainer, left)
     console = stderr_console()
-    console.print(_banner(config, flags, sizes))
-    console.print(describe_implementations(trainer.optimizer, trainer.chunks), markup=False)
-    for line in data.describe(source, left, sizes):
+    summary, *details = data.describe(source, left, sizes)
+    console.print(f"{_banner(config, flags, sizes)}; {summary}")
+    for line in (describe_implementations(trainer.optimizer, trainer.chunks), *details):
         console.print(line, markup=False)
     tokenizer_from = flags.model if flags.model and flags.model.is_dir() else None
     checkpoints = Checkpoints(save, config, state | names, save_every, tokenizer_from) if save else None
