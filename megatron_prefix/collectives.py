@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+T = TypeVar("T")
 
 
 def group_size(group: Group) -> int:
@@ -72,6 +73,11 @@ def all_reduce_max(x: Tensor, group: Group) -> Tensor:
     return x
 
 
+def any_rank(flag: bool, group: Group) -> bool:
+    """Whether ``flag`` is set on any rank of ``group``."""
+    return bool(all_reduce_max(torch.tensor(int(flag), device=device_of(group)), group))
+
+
 def broadcast(x: Tensor, src: int, group: Group) -> Tensor:
     """Give every rank of ``group`` the contiguous ``x`` of its rank ``src``, in place; returns ``x``."""
     if group is not None and group.size() > 1:
@@ -96,6 +102,25 @@ def all_gather_object(value: Any, group: Group) -> list[Any]:
     values: list[Any] = [None] * size
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def on_all_ranks(action: Callable[[], T], group: Group, kind: type[Exception] = OSError) -> list[T]:
+    """Call ``action``, which must hold no collective, on every rank; what it returns there, in rank order.
+
+    Raises:
+        Exception: one of ``kind`` of any rank, on all of them.
+    """
+    found: T | None = None
+    failed: Exception | None = None
+    try:
+        found = action()
+    except kind as error:
+        failed = error
+    results = all_gather_object((found, None if failed is None else str(failed)), group)
+    reasons = [reason for _, reason in results if reason is not None]
+    if reasons:
+        raise kind(reasons[0]) from failed
+    return [result for result, _ in results]
 
 
 def all_gather_ints(values: Sequence[int], group: Group) -> list[tuple[int, ...]]:

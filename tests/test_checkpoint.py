@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prefix.mcore.checkpoint import latest_checkpoint, load_config, step_folder
+from megatron_prefix.checkpoint_folder import latest_checkpoint, step_folder
+from megatron_prefix.mcore.checkpoint import load_config
 from megatron_prefix.model_config import ModelConfig
 from tests.distributed import run_distributed
 from tests.mcore_helpers import Trainer, full_logits, start, tiny_config, tokens

@@ -127,15 +127,16 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 def print_json(result: dict[str, Any]) -> None:
     """`result` as one line of JSON on stdout of rank 0. NaN and infinities, which JSON lacks, become null."""
     if torchrun_ranks()[0] == 0:
-        sys.stdout.write(json.dumps(_finite(result), allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(finite(result), allow_nan=False) + "\n")
         sys.stdout.flush()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` with None for every float that is not finite, in dicts and lists too."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -133,7 +133,7 @@ def check_on_policy(
 ) -> None:
     """Refuse options of `train` that do not go with --on-policy, or need what is missing without it.
 
-    ``step_counts``: the options that say after which steps the run is saved.
+    ``step_counts``: the options that count steps or groups.
 
     Raises:
         ValueError: there is one.
@@ -152,6 +152,8 @@ def check_on_policy(
             f"--generator local samples with --pp 1 and --cp 1, got {parallel.pp} and {parallel.cp}; use a server "
             f"(--generator {' or '.join(DIALECTS)})"
         )
+    if step_counts["--compare"]:
+        raise ValueError("--compare runs groups of --rollouts both ways; leave it out with --on-policy")
     for option, count in step_counts.items():
         if count % flags.steps_per_iteration:
             raise ValueError(

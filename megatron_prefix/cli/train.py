@@ -1,17 +1,20 @@
-"""`megatron-prefix train`: GRPO from a rollouts file, every prefix encoded once."""
+"""`megatron-prefix train`: GRPO from a rollouts file or on policy, every prefix encoded once."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+import torch.distributed as dist
 
 from megatron_prefix.attention import resolve_impl
+from megatron_prefix.checkpoint_folder import latest_checkpoint
 from megatron_prefix.cli.comparison import compare_with_repeated, show_comparison
 from megatron_prefix.cli.console import print_json, progress_bar, stderr_console
+from megatron_prefix.cli.metrics import MetricsFlags, MetricsLog, metrics_options
 from megatron_prefix.cli.on_policy import OnPolicyData, check_on_policy
 from megatron_prefix.cli.on_policy_options import OnPolicyFlags, on_policy_options
 from megatron_prefix.cli.options import (
@@ -26,19 +29,29 @@ from megatron_prefix.cli.options import (
 from megatron_prefix.cli.pipeline_options import max_tokens_option
 from megatron_prefix.cli.plots import plot_comparison
 from megatron_prefix.cli.resume import check_resume, check_same_model
+from megatron_prefix.cli.run_options import (
+    SaveFlags,
+    bytes_per_parameter,
+    save_options,
+    schedule_options,
+)
 from megatron_prefix.cli.stored_data import StepData, StoredData
 from megatron_prefix.loss import LossConfig
-from megatron_prefix.mcore.checkpoint import (
-    fingerprint,
-    latest_checkpoint,
-    load_checkpoint,
-)
+from megatron_prefix.mcore.checkpoint import WEIGHTS, fingerprint, load_checkpoint
 from megatron_prefix.mcore.fused import describe_implementations
+from megatron_prefix.mcore.lr_schedule import LrSchedule
+from megatron_prefix.mcore.nonfinite import NonFiniteError
 from megatron_prefix.mcore.on_policy import OnPolicySettings
 from megatron_prefix.mcore.parallel import ParallelSizes, destroy
+from megatron_prefix.mcore.rng_state import load_rng_state
+from megatron_prefix.mcore.run_checkpoints import RunCheckpoints
+from megatron_prefix.mcore.step_source import StepBatch
 from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
-from megatron_prefix.mcore.training_loop import Checkpoints, TrainingLoop
+from megatron_prefix.mcore.training_loop import TrainingLoop
 from megatron_prefix.model_config import ModelConfig
+from megatron_prefix.model_flops import ModelSize
+from megatron_prefix.step_metrics import StepMeter
+from megatron_prefix.stop_signals import StopSignals
 
 
 @click.command("train")
@@ -52,17 +65,22 @@ from megatron_prefix.model_config import ModelConfig
 )
 @click.option("--groups-per-step", type=click.IntRange(1), default=2, help="Prefix groups of the global batch.")
 @max_tokens_option
-@click.option("--save", type=click.Path(file_okay=False, path_type=Path), help="Folder of the checkpoints.")
-@click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints; default: at the end only.")
-@click.option("--resume", is_flag=True, help="Go on from the latest checkpoint in --save, where there is one.")
-@click.option("--metrics", type=click.Path(dir_okay=False, path_type=Path), help="Append one JSON line per step.")
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    help="A step whose loss or gradient is not finite updates nothing: stop there, or go on with the next.",
+)
 @click.option("--compare", type=click.IntRange(0), default=0, help="Afterwards, run so many groups both ways.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="PNG of the comparison.")
 @click.option("--seed", type=int, default=0, help="Of the order of the groups and of random weights.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
 @on_policy_options
+@save_options
+@metrics_options
 @loss_options
 @train_options
+@schedule_options
 @model_options
 @parallel_options
 def train_command(
@@ -70,17 +88,17 @@ def train_command(
     steps: int,
     groups_per_step: int,
     max_tokens_per_microbatch: int | None,
-    save: Path | None,
-    save_every: int | None,
-    resume: bool,
-    metrics: Path | None,
+    on_nonfinite: str,
     compare: int,
     plot: Path | None,
     seed: int,
     as_json: bool,
     on_policy: OnPolicyFlags,
+    saving: SaveFlags,
+    writers: MetricsFlags,
     loss: LossConfig,
     settings: TrainSettings,
+    schedule: LrSchedule,
     flags: ModelFlags,
     parallel: ParallelFlags,
 ) -> None:
@@ -93,6 +111,8 @@ def train_command(
     itself or by a vLLM or SGLang server that is handed the weights, scores them and takes --steps-per-iteration steps.
     Old log-probs are then those of the iteration's start, and the server's own must agree with them.
 
+    SIGTERM or Ctrl-C ends a run after the step that it is in; with --save it is saved there, and --resume goes on.
+
     \b
     megatron-prefix train --model smollm2 --rollouts rollouts.jsonl --steps 8 --save out
     torchrun --nproc-per-node 4 -m megatron_prefix train --tp 2 --model smollm2 --rollouts rollouts.jsonl
@@ -100,29 +120,24 @@ def train_command(
     megatron-prefix train --model smollm2 --on-policy --prompts mine.jsonl --reward my_rewards:length \\
         --generator vllm --server http://localhost:8000 --weights-folder /dev/shm/weights
     """
-    if (resume or save_every) and save is None:
-        raise ValueError("--resume and --save-every need --save, the folder of the checkpoints")
     if plot and not compare:
         raise ValueError("--plot draws the comparison: add --compare 1")
-    check_on_policy(on_policy, rollouts, loss, parallel, {"--steps": steps, "--save-every": save_every or 0})
-    if on_policy.on_policy and compare:
-        raise ValueError(f"--compare {compare} runs groups of --rollouts both ways; leave it out with --on-policy")
+    step_counts = {"--steps": steps, "--save-every": saving.save_every or 0, "--compare": compare}
+    check_on_policy(on_policy, rollouts, loss, parallel, step_counts)
+    if schedule.lr_decay_steps is None:
+        schedule = replace(schedule, lr_decay_steps=max(steps, 1))
+    settings = replace(settings, schedule=schedule)
     config = flags.config()
     data: StepData
     if rollouts is None:
-        data = OnPolicyData.read(
-            on_policy,
-            flags,
-            config,
-            OnPolicySettings(
-                groups_per_step,
-                on_policy.steps_per_iteration,
-                seed=seed,
-                max_tokens=max_tokens_per_microbatch,
-                max_sampler_gap=on_policy.max_sampler_gap,
-            ),
-            temperature=settings.temperature,
+        iterations = OnPolicySettings(
+            groups_per_step,
+            on_policy.steps_per_iteration,
+            seed=seed,
+            max_tokens=max_tokens_per_microbatch,
+            max_sampler_gap=on_policy.max_sampler_gap,
         )
+        data = OnPolicyData.read(on_policy, flags, config, iterations, temperature=settings.temperature)
     else:
         data = StoredData.read(
             rollouts,
@@ -143,51 +158,74 @@ def train_command(
         "dtype": flags.dtype,
     }
     names = {"model": str(flags.model), "rollouts": data.name}
-    start = latest_checkpoint(save) if save else None
-    if start and not resume:
-        raise ValueError(f"--save {save} already holds {start.name}; add --resume to go on, or name another folder")
-    saved = check_resume(start, config, state, data.name) if start else {"step": 0}
-    first: int = saved["step"]
+    size = ModelSize.of(config)
+    saving.check(size.parameters * bytes_per_parameter(flags.torch_dtype, settings.optimizer))
+    for option, folder in (*writers.folders(), *([("--plot", plot.parent)] if plot else [])):
+        check_writable(option, folder)
     sizes = parallel.start(seed)
     if data.batch_groups < (sizes.dp or 1):
         raise ValueError(
             f"{data.batch_groups} groups per step cannot feed {sizes.dp} data-parallel ranks; raise --groups-per-step"
         )
-    for option, path in (("--save", save), ("--metrics", metrics), ("--plot", plot)):
-        if path is not None:
-            check_writable(option, path if option == "--save" else path.parent)
+    console = stderr_console()
+    start = saving.start_from(console)
+    saved = check_resume(start, config, state, data.name) if start else {"step": 0}
+    first: int = saved["step"]
     model = flags.build(config, parallel, seed=seed)
-    if save:
+    if saving.save:
         state["model_fingerprint"] = fingerprint(model)
-    if start and not on_policy.on_policy:
+    if start and rollouts:
         check_same_model(start, saved, state | names)
     trainer = PolicyTrainer(model, settings, loss)
     left = range(first, max(first, steps))
     source: Any = data.source(trainer, left)
-    console = stderr_console()
     summary, *details = data.describe(source, left, sizes)
     console.print(f"{_banner(config, flags, sizes)}; {summary}")
     for line in (describe_implementations(trainer.optimizer, trainer.chunks), *details):
         console.print(line, markup=False)
     tokenizer_from = flags.model if flags.model and flags.model.is_dir() else None
-    checkpoints = Checkpoints(save, config, state | names, save_every, tokenizer_from) if save else None
+    checkpoints = None
+    if save_settings := saving.settings():
+        checkpoints = RunCheckpoints(save_settings, trainer, config, state | names, tokenizer_from=tokenizer_from)
+    meter = StepMeter(size, dist.get_world_size(), writers.peak_flops())
     result: dict[str, Any] = {"steps": steps, "resumed_from": first}
-    with progress_bar("train", max(steps - first, 0), unit="tokens") as advance:
+    with (
+        progress_bar("train", max(steps - first, 0), unit="tokens") as advance,
+        MetricsLog(writers, meter, first if start else None) as log,
+        StopSignals() as stop,
+    ):
 
-        def on_step(step: int, measured: dict[str, float]) -> None:
-            advance(units=int(measured["tokens"]), note=f"loss {measured['loss']:+.4f} reward {measured['reward']:.3f}")
-            _append(metrics, {"step": step} | measured)
+        def on_step(step: int, batch: StepBatch, measured: dict[str, float]) -> None:
+            line = log.write(step, batch.groups, measured)
+            advance(units=int(line["tokens"]), note=f"loss {line['loss']:+.4f} reward {line['reward']:.3f}")
+            result.update(line)
 
-        loop = TrainingLoop(trainer, source, on_step, checkpoints)
+        loop = TrainingLoop(
+            trainer,
+            source,
+            on_step,
+            checkpoints=checkpoints,
+            stop=stop,
+            nonfinite_folder=saving.save / "nonfinite" if saving.save else writers.beside("nonfinite"),
+            skip_nonfinite=on_nonfinite == "skip",
+        )
         if start:
             load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
+            if not load_rng_state(start / WEIGHTS):
+                console.print("random generators start anew: the checkpoint was saved at other parallel sizes")
             loop.load_state_dict(saved)
-        result |= loop.run(steps)
+        try:
+            loop.run(steps)
+        except NonFiniteError as error:
+            raise click.ClickException(str(error)) from error
     if not left:
         console.print(f"nothing to do: {start} is at step {first} of {steps}; raise --steps to train on")
-    if save:
-        console.print(f"checkpoint: {latest_checkpoint(save)}")
-    if compare:
+    if saving.save:
+        console.print(f"checkpoint: {latest_checkpoint(saving.save)}")
+    if loop.step < steps:
+        console.print(f"stopped by {loop.stopped_by} after step {loop.step} of {steps}")
+        result["stopped_by"] = loop.stopped_by
+    elif compare:
         assert isinstance(data, StoredData)
         comparison = compare_with_repeated(
             trainer, config, flags, parallel, data.groups[: max(compare, sizes.dp or 1)], max_tokens_per_microbatch
@@ -199,13 +237,6 @@ def train_command(
     if as_json:
         print_json(result)
     destroy()
-
-
-def _append(path: Path | None, record: dict[str, Any]) -> None:
-    if path is not None and torch.distributed.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 def _banner(config: ModelConfig, flags: ModelFlags, sizes: ParallelSizes) -> str:

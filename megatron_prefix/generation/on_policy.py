@@ -79,10 +79,9 @@ def score_groups(
 ) -> tuple[list[RolloutGroup], dict[str, float]]:
     """The scored groups of all prompts, with the sampler's log-probs, and what is to know about them.
 
-    The ranks of ``group`` share the scoring and get the same. Metrics: ``mean_reward``; ``response_tokens``, the mean
-    length; ``truncated``, the share of responses without an end-of-sequence token; ``equal_rewards``, the share of
-    groups whose rewards are all equal, which have no advantage; ``scorer_errors``, how many responses a scorer failed
-    on.
+    The ranks of ``group`` share the scoring and get the same. Metrics: ``response_tokens``, the mean length;
+    ``truncated``, the share of responses without an end-of-sequence token; ``scorer_errors``, how many responses a
+    scorer failed on.
     """
     mine = share_of_rank(len(prompts), group)
     part = [[prompts[i].score(response.tokens) for response in sampled[i]] for i in mine]
@@ -99,9 +98,7 @@ def score_groups(
     ]
     responses = [response for each in sampled for response in each]
     return groups, {
-        "mean_reward": statistics.fmean(reward for each in groups for reward in each.rewards),
         "response_tokens": statistics.fmean(len(response.tokens) for response in responses),
         "truncated": statistics.fmean(response.truncated for response in responses),
-        "equal_rewards": statistics.fmean(len(set(each.rewards)) == 1 for each in groups),
         "scorer_errors": float(sum(score.error is not None for given in scores for score in given)),
     }

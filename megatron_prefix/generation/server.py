@@ -9,17 +9,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from megatron_prefix.collectives import Group, all_gather_object, group_rank, share_of_rank
+from megatron_prefix.collectives import Group, group_rank, on_all_ranks, share_of_rank
 from megatron_prefix.generation.dialects import Answer, Dialect
 from megatron_prefix.generation.generator import SamplingSettings
 from megatron_prefix.generation.sampling import SampledResponse
 
 SHOWN = 200  # characters of a server's answer in a message
 _RETRIED = (429, 500, 502, 503, 504)
-
-Result = TypeVar("Result")
 
 
 class ServerError(ValueError):
@@ -187,7 +185,7 @@ class ServerGenerator:
         if first:
             shutil.rmtree(version, ignore_errors=True)  # of a run that was stopped here
         self.export(version)
-        _on_all(lambda: self.server.load(version) if first else None, self.group)
+        on_all_ranks(lambda: self.server.load(version) if first else None, self.group, ServerError)
         if first:
             for other in self.folder.glob("weights_??????"):
                 if other != version:
@@ -201,24 +199,13 @@ class ServerGenerator:
         """
         mine = share_of_rank(len(prompts), self.group)
         part = prompts[mine.start : mine.stop]
-        shares = _on_all(
-            lambda: self.server.sample(part, self.sampling, seed=seed, first_prompt=mine.start), self.group
+        # Where the server fails one rank, all raise: none is left waiting for the others.
+        shares = on_all_ranks(
+            lambda: self.server.sample(part, self.sampling, seed=seed, first_prompt=mine.start),
+            self.group,
+            ServerError,
         )
         return [group for share in shares for group in share]
-
-
-def _on_all(work: Callable[[], Result], group: Group) -> list[Result]:
-    """Every rank's result; where the server failed one of them, they all raise, and none is left waiting."""
-    found: Result | ServerError
-    try:
-        found = work()
-    except ServerError as error:
-        found = error
-    results = all_gather_object(found, group)
-    for result in results:
-        if isinstance(result, ServerError):
-            raise result
-    return results
 
 
 def _checked(answer: Answer, sampling: SamplingSettings) -> SampledResponse:

@@ -4,16 +4,21 @@ Layout of a folder:
     model.json             the ModelConfig
     state.json             plain values of the caller, such as the step
     tokenizer.json, tokenizer_config.json   where known
-    weights/               megatron-core dist_checkpointing: model weights, and optimizer state where saved
+    weights/               megatron-core dist_checkpointing: model weights; optimizer and generator states where saved
+    manifest.json          size and CRC-32 of every other file
 
-A folder that exists under its final name is complete.
+A folder that exists under its final name was written completely, see `checkpoint_folder`.
 """
 
+import errno
 import hashlib
+import inspect
 import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +29,24 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_prefix.collectives import all_gather_object, barrier
+from megatron_prefix.checkpoint_folder import FileSum, complete, files_of, incomplete_folder, sums_of
+from megatron_prefix.collectives import all_gather_object, on_all_ranks
+from megatron_prefix.mcore.optimizer_state import load_optimizer, make_adam_state
+from megatron_prefix.mcore.rng_state import sharded_rng_state
 from megatron_prefix.model_config import ModelConfig
 
 CONFIG_FILE = "model.json"
 STATE_FILE = "state.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_WEIGHTS = "weights"
-_STEP_FOLDER = re.compile(r"step_(\d{6,})")
+WEIGHTS = "weights"
 
+_SHARD_OF_RANK = re.compile(r"weights/__(\d+)_\d+\.distcp")
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 _HASHED_AT_ONCE = 2**17  # values: they stay in a CPU core's cache
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
-
-
-def step_folder(directory: str | Path, step: int) -> Path:
-    """The folder of a step: `directory/step_NNNNNN`."""
-    return Path(directory) / f"step_{step:06d}"
-
-
-def latest_checkpoint(directory: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step in `directory`, or None; partly written folders are not seen."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return None
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
-    return max(found)[1] if found else None
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -84,7 +78,15 @@ def load_state(path: str | Path, *, config: ModelConfig | None = None) -> dict[s
     return state
 
 
-def save_checkpoint(
+def save_checkpoint(path: str | Path, model: Model, config: ModelConfig, **options: Any) -> None:
+    """Write a checkpoint folder; every rank calls this, on a file system that all of them share.
+
+    Arguments and errors are those of `start_save`.
+    """
+    start_save(path, model, config, **options).finish()
+
+
+def start_save(
     path: str | Path,
     model: Model,
     config: ModelConfig,
@@ -92,16 +94,19 @@ def save_checkpoint(
     optimizer: Any | None = None,
     state: Mapping[str, Any] | None = None,
     tokenizer_from: str | Path | None = None,
-) -> None:
-    """Write a checkpoint folder; every rank calls this, on a file system that all of them share.
+    with_rng: bool = False,
+) -> "PendingSave":
+    """Begin a checkpoint folder; every rank calls this, on a file system that all of them share.
 
     model: one module or the list of virtual pipeline chunks, wrapped in DDP or not.
     optimizer: a megatron-core optimizer; its state is saved so that it can be loaded at other parallel sizes.
     state: JSON values, such as {"step": 3}.
     tokenizer_from: a folder whose tokenizer files are copied, where it has them.
+    with_rng: save the states of every rank's random generators, see `rng_state`.
 
     Everything is written to a folder beside and renamed at the end, so an interrupted save leaves no half checkpoint.
-    Raises ValueError when `path` exists already, or `state` holds what JSON does not.
+    Raises ValueError on all ranks when `path` exists already, `state` holds what JSON does not, there is not enough
+    room, or a file cannot be written.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -110,23 +115,95 @@ def save_checkpoint(
         state_text = json.dumps(dict(state or {}), indent=2) + "\n"
     except TypeError as error:
         raise ValueError(f"checkpoint state must hold JSON values only: {error}") from error
-    beside = path.with_name(path.name + ".incomplete")
-    first = dist.get_rank() == 0
-    barrier(dist.group.WORLD)  # every rank has checked before rank 0 creates anything
-    if first:
-        shutil.rmtree(beside, ignore_errors=True)
-        (beside / _WEIGHTS).mkdir(parents=True)
-    barrier(dist.group.WORLD)
     _gather_parameters(model)
-    dist_checkpointing.save(_sharded_state(model, optimizer, is_loading=False), str(beside / _WEIGHTS))
-    if first:
+    sharded = _sharded_state(model, optimizer, is_loading=False)
+    apply_factories(sharded)
+    num_bytes = sum(x.data.nbytes for x in _tensors(sharded) if is_main_replica(x.replica_id))
+    if with_rng:
+        sharded["rng_state"] = sharded_rng_state()
+    beside: Path = all_gather_object(incomplete_folder(path), dist.group.WORLD)[0]
+    total = sum(all_gather_object(num_bytes, dist.group.WORLD))
+
+    def begin() -> None:
+        if dist.get_rank() != 0:
+            return
+        (beside / WEIGHTS).mkdir(parents=True)
+        free = shutil.disk_usage(beside).free
+        if free < total:
+            raise OSError(errno.ENOSPC, f"it takes {total / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free")
         config.to_json(beside / CONFIG_FILE)
         (beside / STATE_FILE).write_text(state_text, encoding="utf-8")
         for name in TOKENIZER_FILES:
             if tokenizer_from is not None and (Path(tokenizer_from) / name).is_file():
                 shutil.copyfile(Path(tokenizer_from) / name, beside / name)
-        beside.replace(path)
-    barrier(dist.group.WORLD)
+
+    # 0.19 would ask for nvidia-resiliency-ext otherwise.
+    new = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    strategy: dict[str, Any] = {"async_strategy": "mcore"} if new else {}
+    with _named_errors(path, beside):
+        on_all_ranks(begin, dist.group.WORLD)
+        request = dist_checkpointing.save(sharded, str(beside / WEIGHTS), async_sharded_save=True, **strategy)
+    request.add_finalize_fn(lambda: _complete(beside, path))
+    return PendingSave(path, beside, request)
+
+
+@dataclass(frozen=True)
+class PendingSave:
+    """A checkpoint whose tensors are still to be written.
+
+    Attributes:
+        path: of the checkpoint, when it is complete.
+        beside: where it is until then.
+        request: megatron-core's AsyncRequest, which writes and then completes it.
+    """
+
+    path: Path
+    beside: Path
+    request: Any
+
+    def finish(self) -> None:
+        """Write it now. Raises as `start_save`."""
+        with self.named_errors():
+            self.request.execute_sync()
+
+    def named_errors(self) -> Any:
+        """A context in which what goes wrong with this save becomes a ValueError, and its files are removed."""
+        return _named_errors(self.path, self.beside)
+
+
+def _complete(beside: Path, path: Path) -> None:
+    """All files are written: sum them up, each rank its own, and give the folder its name."""
+    rank = dist.get_rank()
+
+    def writer(name: str) -> int:
+        match = _SHARD_OF_RANK.fullmatch(name)
+        return int(match[1]) if match else 0
+
+    def sum_mine() -> dict[str, FileSum]:
+        return sums_of(beside, [name for name in files_of(beside) if writer(name) == rank])
+
+    parts = on_all_ranks(sum_mine, dist.group.WORLD)
+    sums = {name: file_sum for part in parts for name, file_sum in part.items()}
+    on_all_ranks(lambda: complete(beside, path, sums) if rank == 0 else None, dist.group.WORLD)
+
+
+@contextmanager
+def _named_errors(path: Path, beside: Path) -> Iterator[None]:
+    """What torch and megatron-core raise where a file cannot be written, also on the other ranks, as one ValueError.
+
+    A rank that fails alone inside of them ends, and its closed connections end the others: a RuntimeError there.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+        failures = getattr(error, "failures", {})
+        reason = "; ".join(str(each) for each, _ in failures.values()) if failures else str(error)
+        raise ValueError(
+            f"checkpoint {path} could not be written: {reason}. The checkpoints before it are as they were; make room "
+            "or name another folder, then go on from the last one"
+        ) from error
 
 
 def load_checkpoint(
@@ -144,13 +221,13 @@ def load_checkpoint(
     """
     path = Path(path)
     state = load_state(path, config=config)
-    weights = path / _WEIGHTS
+    weights = path / WEIGHTS
     if not dist_checkpointing.check_is_distributed_checkpoint(str(weights)):
         raise ValueError(f"{weights} holds no megatron-core weights: the checkpoint is damaged, make it again")
     if not _compare_tensors(path, model) and optimizer is not None:
         raise ValueError(f"checkpoint {path} holds no optimizer state: load it without optimizer")
     if optimizer is not None:
-        _make_adam_state(optimizer)
+        make_adam_state(optimizer)
     expected = _sharded_state(model, optimizer, is_loading=True)
     chunks = _chunks(model)
     absent = {name: _take_absent_extra_state(expected[name], weights) for name, _ in chunks}
@@ -158,7 +235,7 @@ def load_checkpoint(
     for name, chunk in chunks:
         chunk.load_state_dict(loaded[name] | dict.fromkeys(absent[name]))
     if optimizer is not None:
-        _load_optimizer(optimizer, loaded["optimizer"])
+        load_optimizer(optimizer, loaded["optimizer"])
     return state
 
 
@@ -243,52 +320,6 @@ def _take_absent_extra_state(expected: dict[str, Any], weights: Path) -> list[st
     return absent
 
 
-def _torch_adams(optimizer: Any) -> Iterator[tuple[Any, torch.optim.Adam]]:
-    """(DistributedOptimizer, its torch Adam): what runs where neither Transformer Engine nor apex is installed."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = getattr(part, "optimizer", None)
-        if isinstance(part, DistributedOptimizer) and isinstance(inner, torch.optim.Adam):
-            yield part, inner
-
-
-def _make_adam_state(optimizer: Any) -> None:
-    """Give a fresh torch Adam its state tensors: DistributedOptimizer reads their step before it loads into them."""
-    for _, inner in _torch_adams(optimizer):
-        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
-            if not inner.state[parameter]:
-                inner.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-def _load_optimizer(optimizer: Any, state: Any) -> None:
-    """Load, with two corrections for torch Adam in DistributedOptimizer.
-
-    It sets Adam's step first and then looks for it among the loaded tensors, where it is not; and it sets one step
-    tensor for all parameters, which each of them would then advance.
-    """
-    name = "_set_main_param_and_optimizer_states"
-    adams = list(_torch_adams(optimizer))
-    for part, inner in adams:
-
-        def with_step(model_param: Any, tensors: dict[str, Any], part: Any = part, inner: Any = inner) -> None:
-            group, order = part.model_param_group_index_map[model_param]
-            main_param = inner.param_groups[group]["params"][order]
-            getattr(type(part), name)(part, model_param, tensors | {"step": inner.state[main_param]["step"]})
-
-        setattr(part, name, with_step)
-    try:
-        optimizer.load_state_dict(state)
-    finally:
-        for part, _ in adams:
-            delattr(part, name)
-    for _, inner in adams:
-        for values in inner.state.values():
-            values["step"] = values["step"].clone()
-
-
 def _tensors(state: Any) -> Iterator[ShardedTensor]:
     if isinstance(state, ShardedTensor):
         yield state
@@ -315,7 +346,7 @@ def _compare_tensors(path: Path, model: Model) -> bool:
     """Compare the model's tensors with the checkpoint's; True when the checkpoint also holds optimizer state."""
     stored = {
         key: tuple(tensor.global_shape)
-        for key, tensor in dist_checkpointing.load_tensors_metadata(str(path / _WEIGHTS)).items()
+        for key, tensor in dist_checkpointing.load_tensors_metadata(str(path / WEIGHTS)).items()
     }
     expected = _sharded_state(model, None, is_loading=True)
     apply_factories(expected)  # the two halves of a gated MLP's first layer are one tensor in the file

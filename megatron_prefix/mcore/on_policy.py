@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +65,12 @@ class OnPolicyRollouts:
     (about 1e-6 in fp32, 1e-2 between two bf16 implementations). A larger one than ``max_sampler_gap`` is an error: the
     sampler then has other weights, another temperature in its log-probs, or is another model.
 
+    The other metrics are those of `score_groups`, for the whole iteration, and on its first step the seconds that went
+    into handing over weights, sampling, scoring and old log-probs (0 on later steps).
+
     The state is the number of steps: with a generator that samples the same for the same weights and seed, a resumed
-    run takes the same steps as an uninterrupted one.
+    run takes the same steps as an uninterrupted one. Nothing goes on within an iteration, whose policy is gone: after
+    a run that was stopped there the next iteration begins.
 
     Args:
         trainer: of the policy.
@@ -85,6 +90,7 @@ class OnPolicyRollouts:
         self.step = 0
         self._rollouts: StoredRollouts | None = None
         self._metrics: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
 
     def next_step(self) -> StepBatch:
         """See `StepSource`.
@@ -106,38 +112,27 @@ class OnPolicyRollouts:
                 "distribution (for vLLM: --logprobs-mode processed_logprobs) or in low precision (then raise the limit)"
             )
         self.step += 1
-        return dataclasses.replace(batch, metrics=self._metrics | {"iteration": iteration, "sampler_gap": gap})
+        metrics, self._seconds = self._metrics | self._seconds, dict.fromkeys(self._seconds, 0.0)
+        return dataclasses.replace(batch, metrics=metrics | {"iteration": float(iteration), "sampler_gap": gap})
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `StepSource`.
-
-        Raises:
-            ValueError: the state is of the middle of an iteration, whose policy is gone.
-        """
-        if state["step"] % self.settings.steps_per_iteration:
-            raise ValueError(
-                f"step {state['step']} is within an iteration of {self.settings.steps_per_iteration} steps: go on from "
-                "a checkpoint after a whole iteration"
-            )
-        self.step = state["step"]
+        """See `StepSource`."""
+        length = self.settings.steps_per_iteration
+        self.step = -(-state["step"] // length) * length
 
     def _roll_out(self, iteration: int) -> None:
+        self._seconds = {}
         prompts = self.prompts(iteration)
-        seconds = {}
-        started = time.perf_counter()
-        self.generator.update_weights(iteration)
-        seconds["update_weights"] = time.perf_counter() - started
-        started = time.perf_counter()
+        with self._timed("update_weights"):
+            self.generator.update_weights(iteration)
         seed = self.settings.seed * ITERATIONS_APART + iteration
-        sampled = self.generator.generate([prompt.tokens for prompt in prompts], seed=seed)
-        seconds["generate"] = time.perf_counter() - started
-        started = time.perf_counter()
-        groups, metrics = score_groups(prompts, sampled, dist.group.WORLD)
-        seconds["score"] = time.perf_counter() - started
-        started = time.perf_counter()
+        with self._timed("generate"):
+            sampled = self.generator.generate([prompt.tokens for prompt in prompts], seed=seed)
+        with self._timed("score"):
+            groups, self._metrics = score_groups(prompts, sampled, dist.group.WORLD)
         self._rollouts = StoredRollouts(
             self.trainer,
             groups,
@@ -146,9 +141,14 @@ class OnPolicyRollouts:
             max_tokens=self.settings.max_tokens,
             with_reference=False,
         )
-        self._rollouts.measure_old_log_probs(range(self.settings.steps_per_iteration))
-        seconds["old_log_probs"] = time.perf_counter() - started
-        self._metrics = metrics | {f"seconds_{name}": value for name, value in seconds.items()}
+        with self._timed("old_log_probs"):
+            self._rollouts.measure_old_log_probs(range(self.settings.steps_per_iteration))
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[f"seconds_{what}"] = time.perf_counter() - started
 
     def _sampler_gap(self, inputs: Sequence[StepInput]) -> float:
         """Mean |difference| over the tokens of the global batch."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.collectives import all_gather_object, any_rank
 from megatron_prefix.loss import BatchTotals, LossConfig, add_metrics, grpo_loss_terms, summarize
 from megatron_prefix.mcore.log_probs import response_log_probs
+from megatron_prefix.mcore.lr_schedule import LrSchedule
 from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
 from megatron_prefix.mcore.stages import whole_model_parameters
 from megatron_prefix.packing import Pack, balance_groups
@@ -37,6 +40,7 @@ class TrainSettings:
         optimizer: "adam" or "sgd".
         distributed_optimizer: shard optimizer state over data-parallel ranks (reduce-scatter of gradients).
         overlap_grad_reduce: reduce gradients while backward still runs.
+        schedule: how the learning rate changes.
         temperature: of the log-probs, as in sampling.
         chunk_rows, cp_placement: see `response_log_probs`.
         prefix_activations, prefix_grad_dtype, max_live_prefixes: of split groups, see `forward_backward_prefix_groups`.
@@ -48,6 +52,7 @@ class TrainSettings:
     optimizer: str = "adam"
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
+    schedule: LrSchedule = field(default_factory=LrSchedule)
     temperature: float = 1.0
     chunk_rows: int = 4096
     cp_placement: str = "auto"
@@ -59,6 +64,7 @@ class TrainSettings:
         for name, minimum in (("learning_rate", 0), ("weight_decay", 0), ("clip_grad", 0), ("chunk_rows", 1)):
             if not getattr(self, name) >= minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        self.schedule.check(self.learning_rate)
         if self.max_live_prefixes is not None and self.max_live_prefixes < 1:
             raise ValueError(f"max_live_prefixes must be at least 1, got {self.max_live_prefixes}")
         if not self.temperature > 0:
@@ -134,7 +140,10 @@ class PolicyTrainer:
             self.chunks,
         )
         for group in self.optimizer.param_groups:
-            group["max_lr"] = None  # for a scheduler; 0.19 would find a checkpoint's groups by it, at this rate only
+            # The scheduler has its own; 0.19 would find a checkpoint's groups by them, at these rates only.
+            group.pop("max_lr", None)
+            group.pop("min_lr", None)
+        self.scheduler = settings.schedule.build(self.optimizer, settings.learning_rate, settings.weight_decay)
         self.config.finalize_model_grads_func = _finalize
         self.config.grad_scale_func = self.optimizer.scale_loss
         no_sync = [chunk.no_sync for chunk in self.chunks]
@@ -165,19 +174,34 @@ class PolicyTrainer:
     def step(self, inputs: Sequence[StepInput]) -> dict[str, float]:
         """Forward and backward over this rank's micro-batches and one optimizer step.
 
-        Returns the metrics of the global batch (see `grpo_loss`), with the gradient norm as ``grad_norm`` and whether
-        the update was made as ``updated``.
+        A loss or gradient that is not finite, on any rank, updates nothing: parameters, optimizer and learning-rate
+        schedule are as if there had been no step.
+
+        Returns the metrics of the global batch (see `grpo_loss`), with the gradient norm as ``grad_norm``, the learning
+        rate as ``lr`` and whether the update was made as ``updated``.
 
         Raises:
             ValueError: no micro-batch on this rank.
         """
         metrics = self.gradients(inputs)
-        # What megatron-core leaves to a scheduler: a loaded checkpoint brought the values that it was saved with.
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate
-            group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
-        updated, grad_norm, _ = self.optimizer.step()
-        return metrics | {"grad_norm": float(grad_norm or 0.0), "updated": float(updated)}
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
+        finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
+        metrics |= {"grad_norm": grad_norm, "lr": self.scheduler.get_lr({}), "updated": 0.0}
+        if any_rank(not finite, dist.group.WORLD):
+            return metrics
+        self.scheduler.step(0)  # a loaded checkpoint brought the rates that it was saved with
+        updated, _, _ = self.optimizer.step()
+        self.scheduler.step(1)
+        return metrics | {"updated": float(updated)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values that the optimizer's own state does not have."""
+        return {"schedule_steps": self.scheduler.num_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up `state_dict`: the schedule goes on where it was, with the settings of this run."""
+        self.scheduler.num_steps = state["schedule_steps"]
 
     def gradients(self, inputs: Sequence[StepInput]) -> dict[str, float]:
         """The forward and backward part of `step`: gradients of the global batch are in every ``param.main_grad``."""

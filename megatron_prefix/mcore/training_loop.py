@@ -1,94 +1,125 @@
-"""The loop of a training run: steps from a `StepSource`, their metrics, checkpoints."""
+"""The loop of a training run: steps from a `StepSource`, checkpoints, an end when it is asked for or must be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_prefix.mcore.checkpoint import save_checkpoint, step_folder
+import torch.distributed as dist
+
+from megatron_prefix.collectives import all_gather_object, any_rank, on_all_ranks
+from megatron_prefix.mcore.nonfinite import NonFiniteError, save_offending
+from megatron_prefix.mcore.run_checkpoints import RunCheckpoints
 from megatron_prefix.mcore.step_source import StepBatch, StepSource
 from megatron_prefix.mcore.training import PolicyTrainer
-from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.rollout_tree import RolloutTree
+from megatron_prefix.stop_signals import StopSignals
 
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """Where and when a run saves itself.
-
-    Attributes:
-        folder: of the checkpoints.
-        config: of the model.
-        state: JSON values of the run that do not change.
-        every: steps between checkpoints; None saves at the end only.
-        tokenizer_from: see `save_checkpoint`.
-    """
-
-    folder: Path
-    config: ModelConfig
-    state: Mapping[str, Any]
-    every: int | None = None
-    tokenizer_from: Path | None = None
+OnStep = Callable[[int, StepBatch, dict[str, float]], None]
 
 
 class TrainingLoop:
-    """Takes the steps of a run.
+    """Takes the steps of a run. Every rank has one.
 
     Args:
         trainer: of the policy.
         source: of the groups of each step.
-        on_step: called after every step with its number, from 1, and its metrics.
-        checkpoints: where to save; None saves nothing.
+        on_step: called after every step with its number, from 1, its batch and its metrics: those of
+            `PolicyTrainer.step` and of the batch, the seconds that the step took (``step_seconds``) and the steps of this run so far
+            that updated nothing (``skipped``).
+        checkpoints: saves the run when it is due, at the end, and before it stops; None saves nothing.
+        stop: asks to stop after the step that runs.
+        nonfinite_folder: where the groups of a step are kept whose loss or gradient was not finite; None keeps none.
+        skip_nonfinite: go on after such a step; else the run stops.
+
+    Attributes:
+        step: steps taken, with those of the runs that this one goes on with.
+        skipped: how many of them updated nothing, because their loss or gradient was not finite.
+        stopped_by: name of the signal, on the rank that got it, that ended `run` early.
     """
 
     def __init__(
         self,
         trainer: PolicyTrainer,
         source: StepSource,
-        on_step: Callable[[int, dict[str, float]], None],
-        checkpoints: Checkpoints | None = None,
+        on_step: OnStep,
+        *,
+        checkpoints: RunCheckpoints | None = None,
+        stop: StopSignals | None = None,
+        nonfinite_folder: Path | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         self.trainer, self.source, self.on_step, self.checkpoints = trainer, source, on_step, checkpoints
-        self.step = 0
+        self.stop = stop or StopSignals()
+        self.nonfinite_folder, self.skip_nonfinite = nonfinite_folder, skip_nonfinite
+        self.step = self.skipped = 0
+        self.stopped_by: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values of the run after the steps taken, beside what `RunCheckpoints` saves itself."""
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "source": self.source.state_dict(),
+            "trainer": self.trainer.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the step that ``state``, of a checkpoint, was saved at."""
-        self.step = state["step"]
+        """Go on after the step that ``state`` was saved at."""
+        self.step, self.skipped = state["step"], state["skipped"]
         self.source.load_state_dict(state["source"])
+        self.trainer.load_state_dict(state["trainer"])
 
     def run(self, steps: int) -> dict[str, float]:
-        """Take steps up to number ``steps``; the metrics of the last one, empty where there was none to take."""
+        """Take steps up to number ``steps``; the metrics of the last one, empty where there was none to take.
+
+        Raises:
+            NonFiniteError: a step's loss or gradient is not finite, and such steps are not skipped.
+            ValueError: a checkpoint or the groups of such a step cannot be written.
+        """
         metrics: dict[str, float] = {}
-        while self.step < steps:
+        saved = self.step
+        while self.step < steps and self.stopped_by is None:
+            before = self.state_dict()
+            started = time.perf_counter()
             batch = self.source.next_step()
-            metrics = self.trainer.step(batch.inputs) | batch_metrics(batch)
+            metrics = self.trainer.step(batch.inputs) | dict(batch.metrics)
+            finite = metrics["updated"] > 0
             self.step += 1
-            self.on_step(self.step, metrics)
-            where = self.checkpoints
-            if where and (self.step == steps or (where.every and self.step % where.every == 0)):
-                self.save(where)
+            self.skipped += not finite
+            metrics |= {"skipped": self.skipped, "step_seconds": time.perf_counter() - started}
+            self.on_step(self.step, batch, metrics)
+            if not finite:
+                kept = self._keep_offending(batch, metrics)
+                if not self.skip_nonfinite:
+                    if self.checkpoints and saved != before["step"]:
+                        self.checkpoints.save(before["step"], before)
+                        self.checkpoints.wait()
+                    raise NonFiniteError(self._why_stopped(metrics, kept))
+            if any_rank(self.stop.received is not None, dist.group.WORLD):
+                self.stopped_by = next(filter(None, all_gather_object(self.stop.received, dist.group.WORLD)))
+            if self.checkpoints:
+                self.checkpoints.poll()
+                if self.stopped_by or self.step == steps or self.checkpoints.due(self.step):
+                    self.checkpoints.save(self.step, self.state_dict())
+                    saved = self.step
+        if self.checkpoints:
+            self.checkpoints.wait()
         return metrics
 
-    def save(self, where: Checkpoints) -> None:
-        """Save the run as it is after `step`."""
-        save_checkpoint(
-            step_folder(where.folder, self.step),
-            self.trainer.model,
-            where.config,
-            optimizer=self.trainer.optimizer,
-            state={**where.state, "step": self.step, "source": self.source.state_dict()},
-            tokenizer_from=where.tokenizer_from,
-        )
+    def _keep_offending(self, batch: StepBatch, metrics: Mapping[str, float]) -> list[Path]:
+        """Files with the groups of the step just made, of all ranks."""
+        folder = self.nonfinite_folder
+        if folder is None:
+            return []
+        try:
+            paths = on_all_ranks(lambda: save_offending(folder, self.step, batch, metrics), dist.group.WORLD)
+        except OSError as error:
+            raise ValueError(f"step {self.step} was not finite, and its groups could not be kept: {error}") from error
+        return [path for path in paths if path is not None]
 
-
-def batch_metrics(batch: StepBatch) -> dict[str, float]:
-    """What is known of a global batch without the policy."""
-    rewards = [reward for group in batch.groups for reward in group.rewards]
-    layouts = [RolloutTree.from_group(group).layout for group in batch.groups]
-    return dict(batch.metrics) | {
-        "reward": sum(rewards) / len(rewards),
-        "tokens": sum(layout.num_rows for layout in layouts),
-        "tokens_repeated": sum(layout.repeated().num_rows for layout in layouts),
-    }
+    def _why_stopped(self, metrics: Mapping[str, float], kept: Sequence[Path]) -> str:
+        found = f"step {self.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; nothing was updated"
+        where = f"; its groups are in {', '.join(map(str, kept))}" if kept else ""
+        return f"{found}{where}. --on-nonfinite skip goes on without it"
