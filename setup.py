@@ -23,6 +23,7 @@ EXTRAS = {
         "rich>=13.7",
         "safetensors>=0.4.3",
         "tokenizers>=0.20",
+        "urllib3>=2.0",
     ],
     "test": [
         "einops>=0.7",

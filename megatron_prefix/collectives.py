@@ -26,6 +26,12 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else group.rank()
 
 
+def share_of_rank(count: int, group: Group) -> range:
+    """The part of ``count`` items that is this rank's: even, and in rank order."""
+    rank, size = group_rank(group), group_size(group)
+    return range(rank * count // size, (rank + 1) * count // size)
+
+
 def group_of_this_rank() -> dist.ProcessGroup:
     """A group of this process alone. Every process calls it: making groups is collective."""
     return _group_with_this_rank([[rank] for rank in range(dist.get_world_size())])
@@ -79,6 +85,15 @@ def broadcast(x: Tensor, src: int, group: Group) -> Tensor:
     return x
 
 
+def all_gather(x: Tensor, group: Group) -> list[Tensor]:
+    """``x`` of every rank, in rank order; the same shape and dtype on all."""
+    if group_size(group) == 1:
+        return [x]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return parts
+
+
 def all_gather_object(value: Any, group: Group) -> list[Any]:
     """One Python object of every rank, in rank order."""
     size = group_size(group)
@@ -89,22 +104,22 @@ def all_gather_object(value: Any, group: Group) -> list[Any]:
     return values
 
 
-def on_all_ranks(action: Callable[[], T], group: Group) -> list[T]:
+def on_all_ranks(action: Callable[[], T], group: Group, kind: type[Exception] = OSError) -> list[T]:
     """Call ``action``, which must hold no collective, on every rank; what it returns there, in rank order.
 
     Raises:
-        OSError: one of any rank, on all of them.
+        Exception: one of ``kind`` of any rank, on all of them.
     """
     found: T | None = None
-    failed: OSError | None = None
+    failed: Exception | None = None
     try:
         found = action()
-    except OSError as error:
+    except kind as error:
         failed = error
     results = all_gather_object((found, None if failed is None else str(failed)), group)
     reasons = [reason for _, reason in results if reason is not None]
     if reasons:
-        raise OSError(reasons[0]) from failed
+        raise kind(reasons[0]) from failed
     return [result for result, _ in results]
 
 

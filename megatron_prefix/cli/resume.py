@@ -12,14 +12,14 @@ from megatron_prefix.model_config import ModelConfig
 _START_ANEW = "start anew with the checkpoint as --model and another --save"
 
 
-def check_resume(checkpoint: Path, config: ModelConfig, state: Mapping[str, Any], rollouts: Path) -> dict[str, Any]:
+def check_resume(checkpoint: Path, config: ModelConfig, state: Mapping[str, Any], rollouts: str) -> dict[str, Any]:
     """The saved state to go on from. Other groups, another order of them, another kind of optimizer cannot go on.
 
     Args:
         checkpoint: the folder.
         config: of this run's model.
         state: what this run would save of itself, as far as it must be the same.
-        rollouts: this run's file.
+        rollouts: this run's file, or what its prompts are.
 
     Raises:
         ValueError: what differs.

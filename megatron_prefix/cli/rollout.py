@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 
 from megatron_prefix.cli.console import print_json, print_table, progress_bar, stderr_console
 from megatron_prefix.cli.options import ModelFlags, ParallelFlags, model_options, parallel_options
-from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.collectives import all_gather_object, share_of_rank
 from megatron_prefix.generation.sampling import SampledResponse, sample_responses
 from megatron_prefix.generation.tasks import Score, Task, TaskSource, read_prompts, reasoning_gym_tasks, score_response
 from megatron_prefix.generation.tokenizer import ChatTokenizer
@@ -101,7 +101,7 @@ def rollout_command(
     parallel.start(seed)
     (model,) = flags.build(config, parallel, seed=seed)
     started = time.perf_counter()
-    mine = _share(len(wanted))
+    mine = share_of_rank(len(wanted), parallel_state.get_data_parallel_group())
     with progress_bar("sample", len(mine) * group_size, unit="tokens") as advance:
         sampled = sample_responses(
             model,
@@ -129,12 +129,6 @@ def rollout_command(
         if as_json:
             print_json(_summary(results) | {"out": str(out), "seconds": round(seconds, 3)})
     destroy()
-
-
-def _share(count: int) -> range:
-    """The prompts of this data-parallel rank."""
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return range(rank * count // size, (rank + 1) * count // size)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""`megatron-prefix train`: GRPO from a rollouts file, every prefix encoded once."""
+"""`megatron-prefix train`: GRPO from a rollouts file or on policy, every prefix encoded once."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from megatron_prefix.checkpoint_folder import latest_checkpoint
 from megatron_prefix.cli.comparison import compare_with_repeated, show_comparison
 from megatron_prefix.cli.console import print_json, progress_bar, stderr_console
 from megatron_prefix.cli.metrics import MetricsFlags, MetricsLog, metrics_options
+from megatron_prefix.cli.on_policy import OnPolicyData, check_on_policy
+from megatron_prefix.cli.on_policy_options import OnPolicyFlags, on_policy_options
 from megatron_prefix.cli.options import (
     ModelFlags,
     ParallelFlags,
-    check_groups,
     check_writable,
     loss_options,
     model_options,
@@ -35,32 +35,30 @@ from megatron_prefix.cli.run_options import (
     save_options,
     schedule_options,
 )
-from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
+from megatron_prefix.cli.stored_data import StepData, StoredData
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.checkpoint import WEIGHTS, fingerprint, load_checkpoint
-from megatron_prefix.mcore.core_attention import attention_layers
 from megatron_prefix.mcore.fused import describe_implementations
 from megatron_prefix.mcore.lr_schedule import LrSchedule
 from megatron_prefix.mcore.nonfinite import NonFiniteError
-from megatron_prefix.mcore.parallel import destroy
+from megatron_prefix.mcore.on_policy import OnPolicySettings
+from megatron_prefix.mcore.parallel import ParallelSizes, destroy
 from megatron_prefix.mcore.rng_state import load_rng_state
 from megatron_prefix.mcore.run_checkpoints import RunCheckpoints
-from megatron_prefix.mcore.step_plan import plan_step
-from megatron_prefix.mcore.step_source import StepBatch, StoredRollouts
-from megatron_prefix.mcore.tokens import groups_on_this_rank
+from megatron_prefix.mcore.step_source import StepBatch
 from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
 from megatron_prefix.mcore.training_loop import TrainingLoop
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.model_flops import ModelSize
-from megatron_prefix.rollout_tree import RolloutTree
-from megatron_prefix.rollouts import RolloutGroup, read_rollouts
 from megatron_prefix.step_metrics import StepMeter
 from megatron_prefix.stop_signals import StopSignals
 
 
 @click.command("train")
 @click.option(
-    "--rollouts", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="Rollouts JSONL."
+    "--rollouts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Rollouts JSONL; or else --on-policy.",
 )
 @click.option(
     "--steps", type=click.IntRange(0), default=10, help="Optimizer steps in all; a resumed run does the rest."
@@ -77,6 +75,7 @@ from megatron_prefix.stop_signals import StopSignals
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="PNG of the comparison.")
 @click.option("--seed", type=int, default=0, help="Of the order of the groups and of random weights.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@on_policy_options
 @save_options
 @metrics_options
 @loss_options
@@ -85,7 +84,7 @@ from megatron_prefix.stop_signals import StopSignals
 @model_options
 @parallel_options
 def train_command(
-    rollouts: Path,
+    rollouts: Path | None,
     steps: int,
     groups_per_step: int,
     max_tokens_per_microbatch: int | None,
@@ -94,6 +93,7 @@ def train_command(
     plot: Path | None,
     seed: int,
     as_json: bool,
+    on_policy: OnPolicyFlags,
     saving: SaveFlags,
     writers: MetricsFlags,
     loss: LossConfig,
@@ -102,84 +102,87 @@ def train_command(
     flags: ModelFlags,
     parallel: ParallelFlags,
 ) -> None:
-    """Train a model with GRPO on a file of rollouts, each prompt encoded once for all its responses.
+    """Train a model with GRPO, each prompt encoded once for all its responses, on a file of rollouts or on policy.
 
     The old log-probs (and the reference policy's, with --kl-coef) are those of the model at the start, through the same
     grouped path. The loss is the mean over the global batch, however it is cut into packs and over ranks.
+
+    With --on-policy every iteration samples responses to the next prompts from the policy as it is, by the model
+    itself or by a vLLM or SGLang server that is handed the weights, scores them and takes --steps-per-iteration steps.
+    Old log-probs are then those of the iteration's start, and the server's own must agree with them.
 
     SIGTERM or Ctrl-C ends a run after the step that it is in; with --save it is saved there, and --resume goes on.
 
     \b
     megatron-prefix train --model smollm2 --rollouts rollouts.jsonl --steps 8 --save out
     torchrun --nproc-per-node 4 -m megatron_prefix train --tp 2 --model smollm2 --rollouts rollouts.jsonl
+    megatron-prefix train --model smollm2 --on-policy --task chain_sum:100 --steps 50 --save out
+    megatron-prefix train --model smollm2 --on-policy --prompts mine.jsonl --reward my_rewards:length \\
+        --generator vllm --server http://localhost:8000 --weights-folder /dev/shm/weights
     """
     if plot and not compare:
         raise ValueError("--plot draws the comparison: add --compare 1")
+    step_counts = {"--steps": steps, "--save-every": saving.save_every or 0, "--compare": compare}
+    check_on_policy(on_policy, rollouts, loss, parallel, step_counts)
     if schedule.lr_decay_steps is None:
         schedule = replace(schedule, lr_decay_steps=max(steps, 1))
     settings = replace(settings, schedule=schedule)
     config = flags.config()
-    groups = read_rollouts(rollouts)
-    num_parts = [len(split.parts) for split in check_groups(groups, config, max_tokens_per_microbatch)]
-    flags.check_impl(config, parallel.cp, bool(num_parts))
-    if loss.importance_cap is not None and groups[0].log_probs is None:
-        raise ValueError(
-            f"--importance-cap {loss.importance_cap} needs the sampler's log_probs, {rollouts} has none; leave it out"
+    data: StepData
+    if rollouts is None:
+        iterations = OnPolicySettings(
+            groups_per_step,
+            on_policy.steps_per_iteration,
+            seed=seed,
+            max_tokens=max_tokens_per_microbatch,
+            max_sampler_gap=on_policy.max_sampler_gap,
         )
+        data = OnPolicyData.read(on_policy, flags, config, iterations, temperature=settings.temperature)
+    else:
+        data = StoredData.read(
+            rollouts,
+            config,
+            loss,
+            groups_per_step=groups_per_step,
+            max_tokens=max_tokens_per_microbatch,
+            seed=seed,
+            keep_ids=compare > 0,  # which runs a whole model on every rank
+        )
+    flags.check_impl(config, parallel.cp, data.may_split)
     state = {
         "seed": seed,
         "groups_per_step": groups_per_step,
-        "rollouts_sha256": hashlib.sha256(rollouts.read_bytes()).hexdigest(),
+        "rollouts_sha256": data.sha256,
         "optimizer": settings.optimizer,
         "distributed_optimizer": settings.distributed_optimizer,
         "dtype": flags.dtype,
     }
-    names = {"model": str(flags.model), "rollouts": str(rollouts)}
+    names = {"model": str(flags.model), "rollouts": data.name}
     size = ModelSize.of(config)
     saving.check(size.parameters * bytes_per_parameter(flags.torch_dtype, settings.optimizer))
     for option, folder in (*writers.folders(), *([("--plot", plot.parent)] if plot else [])):
         check_writable(option, folder)
     sizes = parallel.start(seed)
-    if min(groups_per_step, len(groups)) < (sizes.dp or 1):
+    if data.batch_groups < (sizes.dp or 1):
         raise ValueError(
-            f"{min(groups_per_step, len(groups))} groups per step cannot feed {sizes.dp} data-parallel ranks; raise "
-            "--groups-per-step"
+            f"{data.batch_groups} groups per step cannot feed {sizes.dp} data-parallel ranks; raise --groups-per-step"
         )
     console = stderr_console()
     start = saving.start_from(console)
-    saved = check_resume(start, config, state, rollouts) if start else {"step": 0}
+    saved = check_resume(start, config, state, data.name) if start else {"step": 0}
     first: int = saved["step"]
     model = flags.build(config, parallel, seed=seed)
     if saving.save:
         state["model_fingerprint"] = fingerprint(model)
-    if start:
+    if start and rollouts:
         check_same_model(start, saved, state | names)
     trainer = PolicyTrainer(model, settings, loss)
-    if not compare:  # which runs a whole model on every rank
-        groups = groups_on_this_rank(groups, trainer.model)
-    source = StoredRollouts(
-        trainer,
-        groups,
-        groups_per_step,
-        seed=seed,
-        max_tokens=max_tokens_per_microbatch,
-        with_reference=loss.kl_coef > 0,
-    )
-    left = range(first, steps)
-    with progress_bar("old log-probs", len(source.groups_to_measure(left)), unit="tokens") as advance:
-        source.measure_old_log_probs(left, advance)
-    console.print(_banner(config, flags, sizes, len(groups), first, steps))
-    console.print(describe_implementations(trainer.optimizer, trainer.chunks), markup=False)
-    if num_parts:
-        console.print(
-            f"{len(num_parts)} of {len(groups)} groups are split, into {sum(num_parts)} parts; their prefixes run once"
-        )
-    if sizes.pp > 1 and left:
-        packs = source.packs(source.share(source.batch(first)))
-        console.print(plan_step(packs, trainer.config, max_live_prefixes=settings.max_live_prefixes).describe())
-    if sizes.cp > 1:
-        layers = attention_layers(trainer.config, parallel.cp_a2a)
-        console.print(_placement(groups[0], sizes.cp, settings.cp_placement, layers))
+    left = range(first, max(first, steps))
+    source: Any = data.source(trainer, left)
+    summary, *details = data.describe(source, left, sizes)
+    console.print(f"{_banner(config, flags, sizes)}; {summary}")
+    for line in (describe_implementations(trainer.optimizer, trainer.chunks), *details):
+        console.print(line, markup=False)
     tokenizer_from = flags.model if flags.model and flags.model.is_dir() else None
     checkpoints = None
     if save_settings := saving.settings():
@@ -223,8 +226,9 @@ def train_command(
         console.print(f"stopped by {loop.stopped_by} after step {loop.step} of {steps}")
         result["stopped_by"] = loop.stopped_by
     elif compare:
+        assert isinstance(data, StoredData)
         comparison = compare_with_repeated(
-            trainer, config, flags, parallel, groups[: max(compare, sizes.dp or 1)], max_tokens_per_microbatch
+            trainer, config, flags, parallel, data.groups[: max(compare, sizes.dp or 1)], max_tokens_per_microbatch
         )
         result |= show_comparison(comparison)
         if plot and torch.distributed.get_rank() == 0:
@@ -235,19 +239,10 @@ def train_command(
     destroy()
 
 
-def _banner(config: ModelConfig, flags: ModelFlags, sizes: Any, groups: int, first: int, steps: int) -> str:
+def _banner(config: ModelConfig, flags: ModelFlags, sizes: ParallelSizes) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     impl = resolve_impl(flags.impl, device, flags.torch_dtype, config.channels)
     return (
         f"{flags.model}: {config.num_layers} layers, hidden {config.hidden_size}, {flags.dtype} on {device}, "
-        f"impl {impl}, tp {sizes.tp}, pp {sizes.pp}, vpp {sizes.vpp or 1}, dp {sizes.dp}; "
-        f"{groups} groups, steps {first} to {steps}"
+        f"impl {impl}, tp {sizes.tp}, pp {sizes.pp}, vpp {sizes.vpp or 1}, dp {sizes.dp}"
     )
-
-
-def _placement(group: RolloutGroup, cp_size: int, placement: str, layers: CpLayers) -> str:
-    """Where context parallelism puts the rows of a group, which "auto" decides for every pack anew."""
-    plan = choose_plan(RolloutTree.from_group(group).layout, cp_size, placement, layers)
-    comm_types = ", ".join(sorted(set(layers.comm_types)))
-    shares = "/".join(str(layout.num_rows) for layout in plan.local_layouts)
-    return f"cp {cp_size}, {comm_types}, placement {placement}: the first group's rows go {shares} by {plan.name}"

@@ -149,18 +149,18 @@ def read_prompts(path: str | Path) -> list[Task]:
 
 def score_response(task: Task, response: str) -> Score:
     """The best reward among the `answer_candidates` of a response. A scorer that raises counts as 0 and is named."""
-    best, failed = 0.0, None
-    for answer in answer_candidates(response):
-        try:
-            reward = float(task.scorer(answer))
-        except SCORER_ERRORS as error:
-            failed = f"{type(error).__name__}: {error}"
-            continue
-        if not math.isfinite(reward):
-            failed = f"the reward is {reward}"
-            continue
-        best = max(best, reward)
-    return Score(best, failed)
+    scores = [checked_score(task.scorer, answer) for answer in answer_candidates(response)]
+    failed = [score.error for score in scores if score.error is not None]
+    return Score(max([0.0, *(score.reward for score in scores)]), failed[-1] if failed else None)
+
+
+def checked_score(scorer: Callable[..., float], *arguments: str) -> Score:
+    """What ``scorer`` gives for the arguments; reward 0, and why, where it raises or gives no finite number."""
+    try:
+        reward = float(scorer(*arguments))
+    except SCORER_ERRORS as error:
+        return Score(0.0, f"{type(error).__name__}: {error}")
+    return Score(reward) if math.isfinite(reward) else Score(0.0, f"the reward is {reward}")
 
 
 def answer_candidates(response: str) -> list[str]:

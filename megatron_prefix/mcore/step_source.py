@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +25,13 @@ class StepBatch:
         groups: of the global batch, with or without token ids.
         mine: this data-parallel rank's groups.
         inputs: the micro-batches of ``mine``.
+        metrics: what the source has to say of the step.
     """
 
     groups: Sequence[RolloutGroup]
     mine: Sequence[RolloutGroup]
     inputs: Sequence[StepInput]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class StepSource(Protocol):

@@ -26,7 +26,7 @@ class TrainingLoop:
         trainer: of the policy.
         source: of the groups of each step.
         on_step: called after every step with its number, from 1, its batch and its metrics: those of
-            `PolicyTrainer.step`, the seconds that the step took (``step_seconds``) and the steps of this run so far
+            `PolicyTrainer.step` and of the batch, the seconds that the step took (``step_seconds``) and the steps of this run so far
             that updated nothing (``skipped``).
         checkpoints: saves the run when it is due, at the end, and before it stops; None saves nothing.
         stop: asks to stop after the step that runs.
@@ -84,7 +84,7 @@ class TrainingLoop:
             before = self.state_dict()
             started = time.perf_counter()
             batch = self.source.next_step()
-            metrics = self.trainer.step(batch.inputs)
+            metrics = self.trainer.step(batch.inputs) | dict(batch.metrics)
             finite = metrics["updated"] > 0
             self.step += 1
             self.skipped += not finite

@@ -21,9 +21,9 @@ _NEEDED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 class HfFolder:
@@ -35,7 +35,7 @@ class HfFolder:
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         named_by_index = self._index()
-        for file in sorted(set(named_by_index.values())) if named_by_index else [folder / _SINGLE]:
+        for file in sorted(set(named_by_index.values())) if named_by_index else [folder / SINGLE]:
             if not file.is_file():
                 raise ValueError(f"{file} is missing" + ("" if named_by_index else ": only safetensors are read"))
             with _opened(file) as data:
@@ -44,10 +44,10 @@ class HfFolder:
                     self._file_of[name] = file
         for name, file in named_by_index.items():
             if self._file_of.get(name) != file:
-                raise ValueError(f"{folder / _INDEX} puts tensor {name} in {file.name}, which does not hold it")
+                raise ValueError(f"{folder / INDEX} puts tensor {name} in {file.name}, which does not hold it")
 
     def _index(self) -> dict[str, Path]:
-        path = self.folder / _INDEX
+        path = self.folder / INDEX
         if not path.is_file():
             return {}
         return {name: self.folder / file for name, file in _read_json(path).get("weight_map", {}).items()}
@@ -126,7 +126,7 @@ def _rope(path: Path, hf: Mapping[str, Any]) -> tuple[str, float, dict[str, Any]
     if "factor" not in values:
         raise ValueError(f"{path}: rope type {kind!r} without a factor")
     if kind == "llama3":
-        for name, only in _LLAMA3.items():
+        for name, only in LLAMA3.items():
             if values.get(name, only) != only:
                 raise ValueError(
                     f"{path}: llama3 rope scaling with {name} {values[name]} is not supported, only {only}"

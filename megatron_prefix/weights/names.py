@@ -1,4 +1,4 @@
-"""The one mapping from Llama / Qwen2 / Qwen3 weights (Hugging Face names) to megatron-core's GPTModel.
+"""The one mapping between Llama / Qwen2 / Qwen3 weights (Hugging Face names) and megatron-core's GPTModel, both ways.
 
 Shapes: H hidden_size, N attention heads, G key/value groups, D head_dim, F ffn_hidden_size, V vocabulary.
 """
@@ -19,6 +19,25 @@ OUTPUT = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
 # Older Llama files hold this table, which every implementation computes by itself.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+FC1 = "mlp.linear_fc1.weight"
+"""Gate and up projection in one tensor, below each other."""
+
+_OUR_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_WHOLE = {
+    "embedding.word_embeddings.weight": EMBEDDING,
+    "output_layer.weight": OUTPUT,
+    "decoder.final_layernorm.weight": FINAL_NORM,
+}
+_SAME = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
+"""Tensors of a layer that are one here and there."""
 
 
 class WeightSource(Protocol):
@@ -160,3 +179,32 @@ def merge_qkv(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
 
 def _zero_rows(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+
+def split_qkv(merged: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `merge_qkv`: q, k and v."""
+    queries = config.num_attention_heads // config.groups * config.channels
+    by_group = merged.unflatten(0, (config.groups, queries + 2 * config.channels))
+    q, k, v = by_group.split((queries, config.channels, config.channels), dim=1)
+    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+
+
+def exported(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of `converted` for one tensor: what it is under Hugging Face names (views where it is cut).
+
+    name, tensor: of a megatron-core GPTModel of ``config``, whole. Raises ValueError for a name that has no
+    counterpart.
+    """
+    if name in _WHOLE:
+        return {_WHOLE[name]: tensor}
+    layer = _OUR_LAYER.fullmatch(name)
+    theirs, part = (f"model.layers.{layer[1]}.", layer[2]) if layer else ("", "")
+    if part in _SAME:
+        return {theirs + _SAME[part]: tensor}
+    if part == FC1:
+        return dict(zip((f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"), tensor.chunk(2), strict=True))
+    linear, _, kind = part.rpartition(".")
+    if linear == "self_attention.linear_qkv":
+        names = (f"{theirs}self_attn.{x}_proj.{kind}" for x in "qkv")
+        return dict(zip(names, split_qkv(tensor, config), strict=True))
+    raise ValueError(f"parameter {name} has no counterpart in a Llama, Qwen2 or Qwen3 model")
