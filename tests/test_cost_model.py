@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_prefix.cost_model import CostModel
 from megatron_prefix.hardware import DEVICES, find_device
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.model_flops import ModelSize
 from megatron_prefix.packing import pack_groups
-from megatron_prefix.rollout_tree import RolloutTree
+from megatron_prefix.rollout_tree import RolloutTree, num_rows
 from megatron_prefix.rollouts import RolloutGroup
-from megatron_prefix.splitting import pack_and_split
+from megatron_prefix.splitting import pack_and_split, packs_of_split, plan_splits
 from megatron_prefix.workload import Workload
 from tests.distributed import run_distributed
 from tests.mcore_helpers import start, tiny_config
@@ -129,3 +130,18 @@ def test_devices_are_found_by_their_names(name: str, found: str) -> None:
 def test_an_unknown_device_is_named() -> None:
     with pytest.raises(ValueError, match="'TPU' is not known; known are A100-80GB, H20, H100"):
         find_device("TPU")
+
+
+@given(rollout_trees(), st.integers(4, 12))
+def test_counts_of_a_split_tree_are_those_of_its_packs(tree: RolloutTree, limit: int) -> None:
+    if num_rows(tree) <= limit:
+        return
+    try:
+        (split,) = plan_splits([tree], max_tokens_per_pack=limit)
+    except ValueError:
+        return
+    assert split is not None
+    packs = packs_of_split(split)
+    nodes = [split.prefix, *split.parts][-len(packs) :]
+    built = [Workload.of_layout(pack.layout, len(pack.response_rows)) for pack in packs]
+    assert Workload.of_nodes(tree, [split.prefix, *split.parts])[-len(nodes) :] == built
