@@ -154,8 +154,8 @@ class OnPolicyRollouts:
         """Mean |difference| over the tokens of the global batch."""
         total, count = 0.0, 0
         for each in inputs:
-            if each.pack.sampler_log_probs is not None:
-                total += float((each.old_log_probs.double() - each.pack.sampler_log_probs.double()).abs().sum())
-                count += each.old_log_probs.numel()
+            if (sampled := each.pack.sampler_log_probs) is not None:
+                total += float((each.old_log_probs[each.pack.pairs.row].double() - sampled.double()).abs().sum())
+                count += sampled.numel()
         shares = all_gather_object((total, count), self.trainer.dp_group)
         return sum(total for total, _ in shares) / sum(count for _, count in shares)
