@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_prefix.advantages import group_advantages
 from megatron_prefix.layout import PrefixLayout
@@ -156,6 +157,12 @@ class RolloutTree:
         ]
         return cls((TreeNode(group.prompt, -1), *responses), tuple(group.rewards), group.group_id)
 
+    @cached_property
+    def last_nodes(self) -> tuple[int, ...]:
+        """Of each rollout, the deepest node that it owns."""
+        found = {rollout: i for i, node in enumerate(self.nodes) for rollout in node.rollouts}
+        return tuple(found[rollout] for rollout in range(len(self.rewards)))
+
     @property
     def layout(self) -> PrefixLayout:
         """The tree's segments when it is a pack of its own. A root's last token stands in its children's segments."""
@@ -203,7 +210,7 @@ def num_rows(tree: RolloutTree, repeated: bool = False) -> int:
 
 def path_of(tree: RolloutTree, rollout: int) -> list[TreeNode]:
     """Nodes from a root to the deepest node that the rollout owns."""
-    i = next(i for i in reversed(range(len(tree.nodes))) if rollout in tree.nodes[i].rollouts)
+    i = tree.last_nodes[rollout]
     path = []
     while i >= 0:
         path.append(tree.nodes[i])

@@ -89,10 +89,9 @@ class _Plan:
         self.tree, self.cost = tree, cost
         of_node, self.rows, self.parents = segments(tree, range(len(tree.nodes)))
         self.nodes: list[list[TreeNode]] = [[] for _ in self.rows]
-        self.last: dict[int, int] = {}  # the segment in which a rollout ends
         for i, segment in of_node.items():
             self.nodes[segment].append(tree.nodes[i])
-            self.last.update(dict.fromkeys(tree.nodes[i].rollouts, segment))
+        self.last = [of_node[i] for i in tree.last_nodes]  # the segment in which each rollout ends
         self.children: list[list[int]] = [[] for _ in self.rows]
         for segment, parent in enumerate(self.parents):
             if parent >= 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_prefix.layout import PartLayout, PrefixLayout
 from megatron_prefix.rollout_group import RolloutGroup
-from megatron_prefix.rollout_tree import RolloutTree, node_rows, path_of
+from megatron_prefix.rollout_tree import RolloutTree, node_rows
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,11 @@ class Workload:
     def repeated(cls, group: RolloutGroup | RolloutTree) -> Workload:
         """Of the same rollouts as sequences of their own, each with its prefix."""
         if isinstance(group, RolloutTree):
-            paths = [path_of(group, rollout) for rollout in range(len(group.rewards))]
-            lengths = [sum(len(node.tokens) for node in path) - 1 for path in paths]
-            targets = sum(len(node.tokens) for r, path in enumerate(paths) for node in path if r in node.rollouts)
+            ends: list[int] = []  # of each node, in its own sequence
+            for node in group.nodes:
+                ends.append(len(node.tokens) + (ends[node.parent] if node.parent >= 0 else 0))
+            lengths = [ends[i] - 1 for i in group.last_nodes]
+            targets = sum(len(node.tokens) * len(node.rollouts) for node in group.nodes)
         else:
             targets = sum(len(tokens) for tokens in group.responses)
             lengths = [len(group.prompt) - 1 + len(tokens) for tokens in group.responses]

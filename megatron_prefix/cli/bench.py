@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,17 +11,17 @@ import click
 import torch
 from click.core import ParameterSource
 
-from megatron_prefix.attention import IMPLS, check_impl
+from megatron_prefix.attention import IMPLS
 from megatron_prefix.bench import attention, context_parallel, over_ranks, pipeline_report, planned_rows, split_report
 from megatron_prefix.bench.group import DTYPES, GroupSizes, PipelineSizes
 from megatron_prefix.bench.report import ResultsDifferError, summary, table
+from megatron_prefix.cli.bench_calls import check_call, check_out, write_report
+from megatron_prefix.cli.calibrate import calibrate_command
 from megatron_prefix.cli.console import (
-    print_json,
     print_table,
     progress_bar,
     start_distributed,
     stderr_console,
-    torchrun_ranks,
 )
 from megatron_prefix.cli.cp_options import SIZE, Command, CpFlags, cp_flags
 from megatron_prefix.cli.model_shape import ShapeFlags, shape_flags
@@ -104,7 +103,7 @@ def attention_command(
     megatron-prefix bench attention --dtype bf16 --heads 2 --kv-heads 2 --repeats 3
     torchrun --nproc-per-node 2 -m megatron_prefix bench attention --cp 2
     """
-    device = _check_call(out, impl, dtype, head_dim, processes=cp.cp, cp_size=cp.cp)
+    device = check_call(out, impl, dtype, head_dim, processes=cp.cp, cp_size=cp.cp)
     group = GroupSizes(prefix_len, response_len, group_size)
     sizes = attention.AttentionSizes(heads, kv_heads, head_dim, dtype, impl)
     if cp.cp > 1:
@@ -174,7 +173,7 @@ def step_command(
     pipeline.check_layers(config.num_layers)
     limit = pipeline.max_tokens_per_microbatch
     processes = cp.cp * pipeline.pp
-    _check_call(out, impl, dtype, config.channels, processes=processes, cp_size=cp.cp, has_parts=limit is not None)
+    check_call(out, impl, dtype, config.channels, processes=processes, cp_size=cp.cp, has_parts=limit is not None)
     # megatron-core takes seconds to import: not for `bench attention`, nor for bad input.
     from megatron_prefix.bench import in_pipeline, step, step_over_ranks
     from megatron_prefix.cli.options import ParallelFlags, check_limit
@@ -270,10 +269,10 @@ def split_command(
     if dry_run and pipeline.given:
         raise ValueError(f"--dry-run counts the rows of one group, whatever runs it; leave out {pipeline.given[0]}")
     if dry_run:
-        _check_out(out)
+        check_out(out)
         planned = planned_rows.planned_rows(group, parts)
         print_table(*planned_rows.table(planned))
-        _write(planned, as_json, out)
+        write_report(planned, as_json, out)
         return
     if pipeline.given:
         if click.get_current_context().get_parameter_source("group_sizes") is ParameterSource.COMMANDLINE:
@@ -284,7 +283,7 @@ def split_command(
         group_sizes = ()
     config = shape.config(prefix_len + response_len)
     pipeline.check_layers(config.num_layers)
-    _check_call(out, impl, dtype, config.channels, processes=pipeline.pp, has_parts=True)
+    check_call(out, impl, dtype, config.channels, processes=pipeline.pp, has_parts=True)
     from megatron_prefix.bench import in_pipeline, split
     from megatron_prefix.bench.step import StepSettings
     from megatron_prefix.cli.options import ParallelFlags
@@ -319,34 +318,6 @@ def _pipeline_sizes(flags: PipelineFlags) -> PipelineSizes:
     return PipelineSizes(flags.pp, flags.vpp, flags.num_groups)
 
 
-def _check_call(
-    out: Path | None,
-    impl: str,
-    dtype: str,
-    head_dim: int,
-    *,
-    processes: int = 1,
-    cp_size: int = 1,
-    has_parts: bool = False,
-) -> torch.device:
-    """Where the benchmark runs. Refuses what can be refused before any work.
-
-    Raises:
-        ValueError: another number of processes, a file in a folder that does not exist, or an implementation that
-            cannot run.
-    """
-    started = torchrun_ranks()[1]
-    if started != processes:
-        raise ValueError(
-            f"this benchmark runs in {processes} process(es), {started} run; start it with torchrun --nproc-per-node "
-            f"{processes}, or without torchrun for 1"
-        )
-    _check_out(out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_impl(impl, device, DTYPES[dtype], head_dim, cp_size=cp_size, has_parts=has_parts)
-    return device
-
-
 def _cp_sizes(cp: CpFlags) -> over_ranks.CpSizes:
     return over_ranks.CpSizes(cp.cp_comm_type, cp.cp_placement, cp.cp_a2a)
 
@@ -376,18 +347,9 @@ def _run_and_report(
         else:
             print_table(*table(report))
             console.print(summary(report), markup=False)
-    _write(report, as_json, out)
+    write_report(report, as_json, out)
     if not report["ok"]:
         raise SystemExit(1)
 
 
-def _check_out(out: Path | None) -> None:
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-
-
-def _write(report: dict[str, Any], as_json: bool, out: Path | None) -> None:
-    if out is not None and torchrun_ranks()[0] == 0:
-        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if as_json:
-        print_json(report)
+bench_command.add_command(calibrate_command)
