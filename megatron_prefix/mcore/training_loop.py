@@ -26,8 +26,8 @@ class TrainingLoop:
         trainer: of the policy.
         source: of the groups of each step.
         on_step: called after every step with its number, from 1, its batch and its metrics: those of
-            `PolicyTrainer.step` and of the batch, the seconds that the step took (``step_seconds``) and the steps of this run so far
-            that updated nothing (``skipped``).
+            `PolicyTrainer.step` and of the batch, the seconds that the step took (``step_seconds``) and the steps of
+            this run so far that updated nothing (``skipped``).
         checkpoints: saves the run when it is due, at the end, and before it stops; None saves nothing.
         stop: asks to stop after the step that runs.
         nonfinite_folder: where the groups of a step are kept whose loss or gradient was not finite; None keeps none.
