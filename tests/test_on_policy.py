@@ -150,7 +150,7 @@ def test_a_server_samples_for_a_pipeline(server: ServerProcess, files: Path, tmp
 
 def test_a_resumed_run_takes_the_steps_of_an_uninterrupted_one(files: Path, tmp_path: Path) -> None:
     """To the bit, with several steps per iteration."""
-    common = ("--steps-per-iteration", "2", "--json", "--seed", "4")
+    common = ("--steps-per-iteration", "2", "--temperature", "0.7", "--json", "--seed", "4")
 
     def run(name: str, steps: int, *more: str) -> Arguments:
         out = ("--save", tmp_path / name, "--metrics", tmp_path / f"{name}.jsonl")
@@ -164,6 +164,14 @@ def test_a_resumed_run_takes_the_steps_of_an_uninterrupted_one(files: Path, tmp_
     assert expected.keys() == found.keys() and any("optimizer" in name for name in expected)
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
+
+
+def test_every_iteration_draws_anew(files: Path, tmp_path: Path) -> None:
+    """The same prompts and, without a learning rate, the same policy."""
+    metrics = tmp_path / "metrics.jsonl"
+    succeed(run_cli(train(files, "--lr", "0", "--groups-per-step", "5", "--metrics", metrics, steps=2)))
+    first, second = lines(metrics)
+    assert first["reward"] != second["reward"]
 
 
 def test_the_model_samples_alike_at_all_sizes(files: Path, tmp_path: Path) -> None:
