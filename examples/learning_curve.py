@@ -14,19 +14,21 @@ from __future__ import annotations
 import argparse
 import random
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from megatron_prefix import LossConfig, RolloutGroup, pack_groups, prefix_gpt_layer_spec
-from megatron_prefix.generation.sampling import sample_responses
+from megatron_prefix import LossConfig, pack_groups, prefix_gpt_layer_spec
+from megatron_prefix.generation.generator import LocalGenerator, SamplingSettings
+from megatron_prefix.generation.on_policy import Prompt, score_groups
+from megatron_prefix.generation.tasks import Score
 from megatron_prefix.mcore.cpu import run_on_cpu
 from megatron_prefix.mcore.model import build_model, transformer_config
 from megatron_prefix.mcore.parallel import ParallelSizes, destroy, initialize
 from megatron_prefix.mcore.repeated import repeated_log_probs
-from megatron_prefix.mcore.stages import copy_parameters
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.model_config import ModelConfig
 
@@ -51,31 +53,25 @@ def learn(grouped: bool, iterations: int, prompts: int, group_size: int, seed: i
     policy = sampler if grouped else build_model(MODEL, dtype=DTYPE, seed=seed)
     settings = TrainSettings(learning_rate=2e-3, clip_grad=0.0)
     trainer = PolicyTrainer(policy, settings, LossConfig(), log_probs=None if grouped else repeated_log_probs)
+    sampling = SamplingSettings(group_size, max_new_tokens=4)
+    generator = LocalGenerator(sampler, sampling, trainer.dp_group, policy=None if grouped else policy)
     rng = random.Random(seed)
     curve = []
     for iteration in track(range(iterations), description="prefix groups" if grouped else "repeated prefixes"):
-        if not grouped:
-            copy_parameters(policy, sampler)
-        groups = rollout(sampler, rng, prompts, group_size, seed=seed + iteration)
+        questions = [question(rng) for _ in range(prompts)]
+        generator.update_weights(iteration)
+        answers = generator.generate([each.tokens for each in questions], seed=seed + iteration)
+        groups, _ = score_groups(questions, answers, trainer.dp_group)
         packs = pack_groups(groups, repeated=not grouped)
         trainer.step([StepInput(pack, trainer.log_probs(pack)) for pack in packs])
-        rewards = [reward for group in groups for reward in group.rewards]
-        curve.append(sum(rewards) / len(rewards))
+        curve.append(fmean(reward for group in groups for reward in group.rewards))
     return curve
 
 
-def rollout(model: torch.nn.Module, rng: random.Random, prompts: int, group_size: int, seed: int) -> list[RolloutGroup]:
-    """Sample and score groups of responses to random prompts."""
-    questions = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(4, 12))] for _ in range(prompts)]
-    answers = sample_responses(model, questions, group_size=group_size, max_new_tokens=4, seed=seed)
-    return [
-        RolloutGroup(
-            prompt=question,
-            responses=[response.tokens for response in group],
-            rewards=[sum(token == question[-1] for token in r.tokens) / len(r.tokens) for r in group],
-        )
-        for question, group in zip(questions, answers, strict=True)
-    ]
+def question(rng: random.Random) -> Prompt:
+    """Random tokens; an answer scores the share of it that is the last of them."""
+    tokens = [rng.randrange(VOCABULARY) for _ in range(rng.randint(4, 12))]
+    return Prompt("last token", tokens, lambda answer: Score(fmean(token == tokens[-1] for token in answer)))
 
 
 def main() -> None:

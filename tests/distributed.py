@@ -41,6 +41,7 @@ PRELOAD = (
     "megatron.core.parallel_state",
     "megatron.core.pipeline_parallel",
     "megatron.core.tensor_parallel",
+    "megatron_prefix.cli.train",
 )
 START_LIMIT_S = 180.0  # imports, and the first start of the server, on a busy machine
 LAST_WORDS_S = 0.3  # how long the other ranks may still report after a failure or a request for a stack dump
@@ -78,6 +79,30 @@ def run_distributed(
                 raise
             warnings.warn(f"meeting {meeting} of {MEETINGS} failed: {str(error).splitlines()[-1]}", stacklevel=2)
     raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def running(fn: Callable[..., Any], world_size: int, *args: Any) -> Iterator["list[_Rank]"]:
+    """Start as `run_distributed` does and hand over the ranks while fn runs; whatever still runs afterwards is killed.
+
+    Nothing is made of how they end: see `wait_until_ended`, and each rank's ``result`` or ``error``.
+    """
+    payload = pickle.dumps((fn, args, "lo"))
+    with (
+        tempfile.TemporaryDirectory(prefix="run_distributed_") as folder,
+        _started(world_size, payload, folder) as ranks,
+    ):
+        yield ranks
+
+
+def wait_until_ended(ranks: "list[_Rank]", seconds: float, *, any_of_them: bool = False) -> bool:
+    """Wait until all ranks have ended, or the first has; False at the time limit."""
+    deadline = time.monotonic() + seconds
+    while not (any if any_of_them else all)(rank.ended for rank in ranks):
+        if (left := deadline - time.monotonic()) <= 0:
+            return False
+        _read_waiting(ranks, left)
+    return True
 
 
 def _run_once(payload: bytes, world_size: int, timeout_s: float) -> list[Any]:

@@ -88,7 +88,7 @@ CASES: dict[str, Case] = {
     ),
     "resume without save": (
         lambda f: ("train", "--model", f.path / "model.json", "--rollouts", f.path / "rollouts.jsonl", "--resume"),
-        "--resume and --save-every need --save, the folder of the checkpoints",
+        "--resume, --save-every and --async-save need --save, the folder",
     ),
     "plot alone": (lambda f: f.train("--plot", f.path / "x.png"), "--plot draws the comparison: add --compare 1"),
     # ---- rollouts

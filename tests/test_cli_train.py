@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from megatron_prefix.checkpoint_folder import complete, files_of, sums_of
 from megatron_prefix.mcore.checkpoint import load_config, load_state
 from megatron_prefix.mcore.step_source import batch_of_step
 from megatron_prefix.packing import pack_groups
@@ -43,8 +44,14 @@ def succeed(runs: Sequence[Sequence[Run]]) -> list[Run]:
     return [ranks[0] for ranks in runs]
 
 
+MEASURED = ("step_seconds", "tokens_per_second", "memory_bytes")  # what no two runs have alike
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The metrics of every step, without those that depend on the machine."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(line.pop(name) > 0 for line in found for name in MEASURED)
+    return found
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
@@ -206,6 +213,8 @@ def old_checkpoint(save: Path) -> Path:
     state = json.loads((copy / "state.json").read_text())
     del state["model_fingerprint"]
     (copy / "state.json").write_text(json.dumps(state))
+    beside = copy.rename(copy.with_name("beside"))
+    complete(beside, copy, sums_of(beside, files_of(beside)))
     return copy.parent
 
 

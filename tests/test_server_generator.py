@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_prefix.generation.dialects import DIALECTS, Sglang, Vllm
 from megatron_prefix.generation.generator import SamplingSettings
 from megatron_prefix.generation.server import InferenceServer, ServerError, ServerGenerator, ServerSettings
+from tests.distributed import run_distributed
 from tests.server_process import ServerProcess, serving
 
 pytest.importorskip("urllib3", reason="needs the cli extra")
@@ -200,6 +202,25 @@ def test_the_generator_hands_versions_over_and_keeps_the_last(
     generator.update_weights(2)  # only sampling fails
     with pytest.raises(ServerError, match="status 500"):
         generator.generate(PROMPTS, seed=2)
+
+
+def _generate(rank: int, world_size: int, url: str) -> Any:
+    server = InferenceServer(ServerSettings(url, retries=0), Vllm())
+    generator = ServerGenerator(server, SAMPLING, lambda path: None, Path("unused"), dist.group.WORLD)
+    try:
+        return generator.generate(PROMPTS, seed=4)
+    except ServerError as error:
+        return str(error)
+
+
+def test_ranks_share_the_prompts_and_a_failure(server: ServerProcess) -> None:
+    expected = connect(server).sample(PROMPTS, SAMPLING, seed=4)
+    before = len(server.seen()["requests"])
+    assert run_distributed(_generate, 2, server.url) == [expected, expected]
+    assert len(server.seen()["requests"]) == before + len(PROMPTS)
+    server.fault("status", 1, 400)
+    first, second = run_distributed(_generate, 2, server.url)
+    assert first == second and "status 400" in first
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_prefix.cli.on_policy_options import LOCAL, OnPolicyFlags
-from megatron_prefix.cli.options import ModelFlags, ParallelFlags
+from megatron_prefix.cli.options import ModelFlags, ParallelFlags, check_writable
 from megatron_prefix.generation.dialects import DIALECTS
 from megatron_prefix.generation.generator import Generator, LocalGenerator, SamplingSettings
 from megatron_prefix.generation.on_policy import Prompt, load_reward, task_prompts
@@ -83,7 +83,8 @@ class OnPolicyData:
         server = None
         if flags.generator != LOCAL:
             check_exportable(config)
-            assert flags.server is not None
+            assert flags.server is not None and flags.weights_folder is not None
+            check_writable("--weights-folder", flags.weights_folder)
             server = InferenceServer(
                 ServerSettings(flags.server, timeout_s=flags.server_timeout), DIALECTS[flags.generator]
             )

@@ -27,7 +27,6 @@ from megatron_prefix.cli.options import (
     train_options,
 )
 from megatron_prefix.cli.pipeline_options import max_tokens_option
-from megatron_prefix.cli.plots import plot_comparison
 from megatron_prefix.cli.resume import check_resume, check_same_model
 from megatron_prefix.cli.run_options import (
     SaveFlags,
@@ -232,6 +231,8 @@ def train_command(
         )
         result |= show_comparison(comparison)
         if plot and torch.distributed.get_rank() == 0:
+            from megatron_prefix.cli.plots import plot_comparison  # matplotlib takes a second to import
+
             plot_comparison(comparison, plot)
             console.print(f"plot: {plot}")
     if as_json:

@@ -37,7 +37,7 @@ class Dialect(Protocol):
         """The responses in the answer to `sample`.
 
         Raises:
-            ValueError, KeyError, TypeError or IndexError: ``body`` is no such answer, or has no token ids.
+            ValueError, or a look-up's own error: ``body`` is no such answer, or has no token ids.
         """
 
     def load(self, folder: Path) -> list[Post]:
@@ -93,7 +93,7 @@ def _vllm_tokens(choice: dict[str, Any]) -> list[int]:
     prefix = "token_id:"
     names = choice["logprobs"]["tokens"]
     if not all(name.startswith(prefix) for name in names):
-        raise ValueError("it has text but no token ids (neither token_ids nor tokens named token_id:N); use vLLM 0.9+")
+        raise ValueError("it has text but no token ids, neither token_ids nor tokens named token_id:N; is it a vLLM?")
     return [int(name.removeprefix(prefix)) for name in names]
 
 
@@ -123,8 +123,7 @@ class Sglang:
             if "output_token_logprobs" not in meta:
                 raise ValueError("it has text but no token ids (no meta_info.output_token_logprobs)")
             pairs = [(log_prob, token) for log_prob, token, *_ in meta["output_token_logprobs"]]
-            reason = meta["finish_reason"]
-            found.append(Answer([t for _, t in pairs], [x for x, _ in pairs], str(reason.get("type", reason))))
+            found.append(Answer([t for _, t in pairs], [x for x, _ in pairs], str(meta["finish_reason"])))
         return found
 
     def load(self, folder: Path) -> list[Post]:

@@ -114,7 +114,7 @@ class InferenceServer:
                 if len(answers) != sampling.group_size:
                     raise ValueError(f"it has {len(answers)} responses, {sampling.group_size} were asked for")
                 return [_checked(answer, sampling) for answer in answers]
-            except (KeyError, TypeError, IndexError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
                 what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
                 raise ServerError(f"{self.url}{post.path}: an answer cannot be used: {what}: {_shown(body)}") from error
 
@@ -187,7 +187,7 @@ class ServerGenerator:
         self.export(version)
         on_all_ranks(lambda: self.server.load(version) if first else None, self.group, ServerError)
         if first:
-            for other in self.folder.glob("weights_??????"):
+            for other in self.folder.glob("weights_" + 6 * "[0-9]"):
                 if other != version:
                     shutil.rmtree(other)
 
