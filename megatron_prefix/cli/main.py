@@ -29,6 +29,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "import": Command("megatron_prefix.cli.import_:import_command", "Hugging Face or GGUF weights to a checkpoint."),
     "rollout": Command("megatron_prefix.cli.rollout:rollout_command", "Sample responses to prompts and score them."),
+    "inspect": Command("megatron_prefix.cli.inspect_:inspect_command", "What a rollouts file holds and would save."),
     "train": Command("megatron_prefix.cli.train:train_command", "GRPO on a rollouts file, every prefix encoded once."),
     "verify": Command("megatron_prefix.cli.verify:verify_command", "Compare prefix groups with plain megatron-core."),
     "plan-cp": Command(
