@@ -155,8 +155,9 @@ def check_groups(
     """Refuse groups that the model or a micro-batch cannot take, before any work; returns how groups will be split.
 
     Raises:
-        ValueError: a token of a prefix group outside the vocabulary (those of trees are checked when read), a sequence longer than the model's positions, a response or prefix
-            larger than a micro-batch, or the sampler's log-probs in some groups only.
+        ValueError: a token of a prefix group outside the vocabulary (those of trees are checked when they are read), a
+            sequence longer than the model's positions, a response or prefix larger than a micro-batch, or the sampler's
+            log-probs in some groups only.
     """
     check_vocabulary([group for group in groups if isinstance(group, RolloutGroup)], config.vocab_size)
     for i, group in enumerate(groups):

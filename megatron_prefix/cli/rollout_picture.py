@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from megatron_prefix.cli.plots import GROUPED, REPEATED
 from megatron_prefix.rollout_stats import RolloutStats, quantiles
 
-BINS = 36
-INK = "#444444"
+BARS = 36
+INK, FRAME = "#444444", "#c8ccd4"
 
 
 def draw_rollouts(stats: RolloutStats, name: str, path: Path) -> None:
@@ -41,22 +41,28 @@ def draw_rollouts(stats: RolloutStats, name: str, path: Path) -> None:
 
 
 def _histogram(axes: Axes, values: Sequence[float], title: str, colour: str, whole: float | None = None) -> None:
-    """Bars, one per whole number where there are few; a line at the median, or at the value of all groups together."""
+    """A line stands at the median, or at the value of all groups together."""
     found = np.asarray(values)
     integers = found.dtype.kind == "i"
-    low, high = found.min(), found.max()
-    if integers and high - low < BINS:
-        edges = np.arange(low, high + 2) - 0.5
-    else:
-        edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
-    axes.hist(found, bins=edges.tolist(), color=colour, rwidth=0.92)
+    axes.hist(found, bins=_edges(found).tolist(), color=colour, rwidth=0.9)
     line = quantiles(values)["median"] if whole is None else whole
     axes.axvline(line, color=INK, lw=1, ls="--")
     text = f"median {line:,.0f}" if whole is None else f"all groups together {line:.2f}x"
     axes.set_title(f"{title}\n{text}", fontsize=10)
+    axes.set_xlim(left=0, right=1.05 * max(found.max(), 1) + integers)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=integers))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=8)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#c8ccd4")
+    axes.spines[["left", "bottom"]].set_color(FRAME)
+    axes.tick_params(color=FRAME, labelcolor=INK, labelsize=8)
+    axes.grid(axis="y", color=FRAME, lw=0.5, alpha=0.6)
+    axes.set_axisbelow(True)
+
+
+def _edges(values: np.ndarray) -> np.ndarray:
+    """One bar per whole number where they are few, else as many bars as the number of values bears."""
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "i" and high - low < BARS:
+        return np.arange(low, high + 2) - 0.5
+    bars = int(np.clip(2 * np.cbrt(len(values)) + 4, 8, BARS))
+    return np.linspace(low, high if high > low else low + 0.5, bars + 1)
