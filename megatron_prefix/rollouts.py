@@ -62,13 +62,14 @@ def read_rollouts(path: str | os.PathLike[str]) -> list[RolloutGroup]:
         ValueError: the file cannot be read, holds no rollout, or has a line that is not as documented; the message
             starts with FILE:LINE (FILE alone where the file cannot be opened). Or it holds trajectories.
     """
-    found = load_rollouts(path, format="native")
-    if found.trajectories:
+    found = load_rollouts(path, format="native").groups
+    groups = [group for group in found if isinstance(group, RolloutGroup)]
+    if len(groups) < len(found):
         raise ValueError(
-            f"{os.fspath(path)}: {len(found.trajectories)} groups of the file are trajectories, not prefix groups; "
+            f"{os.fspath(path)}: {len(found) - len(groups)} groups of the file are trajectories, not prefix groups; "
             "read it with load_rollouts"
         )
-    return found.groups
+    return groups
 
 
 def write_rollouts(

@@ -8,10 +8,11 @@ import hashlib
 import json
 import reprlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron_prefix.rollout_group import RolloutGroup
+from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.trajectory import Trajectory
 
 
@@ -296,6 +297,36 @@ def sequences_of(group: RolloutGroup | list[Trajectory]) -> tuple[str | None, Co
         sampled = None if group.log_probs is None else (0.0,) * len(prompt) + group.log_probs[i]
         found[Plain((*group.prompt, *tokens), own, group.rewards[i], _there(sampled, own))] += 1
     return group.group_id, found
+
+
+def is_tree_of(tree: RolloutTree, sequences: Iterable[Plain]) -> bool:
+    """Whether the tree trains what the sequences generated, all of it and nothing else, behind the same tokens."""
+    paths = [_path(tree, rollout) for rollout in range(len(tree.rewards))]
+    wanted = {(s.reward, *step) for s in sequences for step in _steps(s)}
+    return {(path.reward, *step) for path in paths for step in _steps(path)} == wanted
+
+
+def _steps(sequence: Plain) -> Iterator[tuple[tuple[int, ...], float | None]]:
+    """Of each generated token: all tokens up to it, and its log-prob."""
+    for t, own in enumerate(sequence.generated):
+        if own:
+            yield sequence.tokens[: t + 1], None if sequence.log_probs is None else sequence.log_probs[t]
+
+
+def _path(tree: RolloutTree, rollout: int) -> Plain:
+    at = max(i for i, node in enumerate(tree.nodes) if rollout in node.rollouts)
+    nodes = []
+    while at >= 0:
+        nodes.insert(0, tree.nodes[at])
+        at = nodes[0].parent
+    tokens, own, log_probs = [], [], []
+    for node in nodes:
+        mine = rollout in node.rollouts
+        tokens += node.tokens
+        own += [mine] * len(node.tokens)
+        known = mine and node.log_probs is not None
+        log_probs += node.log_probs[node.rollouts.index(rollout)] if known else [None] * len(node.tokens)  # type: ignore[index]
+    return Plain(tuple(tokens), tuple(own), tree.rewards[rollout], tuple(log_probs))
 
 
 def _there(values: Sequence[float] | None, own: Sequence[bool]) -> tuple[float | None, ...] | None:

@@ -132,7 +132,7 @@ CASES: dict[str, Case] = {
     "log-probs of some": (
         lambda f: f.train(rollouts=f.rollouts(
             json.dumps(GROUP), f.sample(group_id="s", log_probs=[-1.0]))),
-        r"group 0 \('g'\) has no log_probs but others have; give the sampler's log_probs for all groups or for none",
+        r"group 0 \('g'\) lacks sampler log_probs that others have; give them for all rollouts or for none",
     ),
     "response larger than a micro-batch": (
         lambda f: f.train("--max-tokens-per-microbatch", "1", rollouts=f.group()),

@@ -15,10 +15,13 @@ pytest.importorskip("tokenizers", reason="needs the cli extra")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_prefix.formats.assemble import Problems
 from megatron_prefix.formats.data_proto import from_data_proto
-from megatron_prefix.formats.read import load_rollouts
+from megatron_prefix.formats.read import RolloutReader, load_rollouts
 from megatron_prefix.generation.tokenizer import ChatTokenizer
+from megatron_prefix.prefix_trie import share_prefixes
 from megatron_prefix.rollout_group import RolloutGroup
+from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import read_rollouts, write_rollouts
 from megatron_prefix.trajectory import Trajectory
 from tests.tokenizer_files import CHATML, write_byte_tokenizer, write_smollm2_tokenizer
@@ -32,6 +35,13 @@ def write(path: Path, lines: Iterable[dict[str, Any]]) -> Path:
 def same(found: Sequence[Trajectory], expected: Sequence[Trajectory]) -> bool:
     """NaN stands for log-probs that are not there, and is equal here."""
     return repr(list(found)) == repr(list(expected))
+
+
+def trajectories(path: Path, **options: Any) -> tuple[list[list[Trajectory]], Problems]:
+    """The trajectories of each group, and what was not read."""
+    problems = Problems()
+    placed = list(RolloutReader(**options).sequences(path, problems))
+    return [each.group for each in placed if isinstance(each.group, list)], problems
 
 
 @pytest.fixture
@@ -51,10 +61,8 @@ def test_trajectory_lines(tmp_path: Path) -> None:
         {"group_id": "h", "tokens": [7, 8], "generated": [False, True], "reward": 0.5, "trajectory_id": "t"},
         TRAJECTORY | {"tokens": [1, 2, 5, 6], "generated": [0, 0, 1, 0], "log_probs": [0, 0, -3, 0], "reward": 0},
     ]
-    found = load_rollouts(write(tmp_path / "t.jsonl", lines))
-    assert found.groups == []
-    assert found.problems.first == []
-    g, h = found.trajectories
+    (g, h), problems = trajectories(write(tmp_path / "t.jsonl", lines))
+    assert problems.first == []
     nan = float("nan")
     assert same(
         g,
@@ -64,6 +72,12 @@ def test_trajectory_lines(tmp_path: Path) -> None:
         ],
     )
     assert h == [Trajectory([7, 8], [0, 1], 0.5, "h", None, "t")]
+    trees = load_rollouts(tmp_path / "t.jsonl").groups
+    assert repr(trees) == repr(share_prefixes([*g, *h]))
+    assert [(tree.group_id, len(tree.nodes), tree.rewards) for tree in trees if isinstance(tree, RolloutTree)] == [
+        ("g", 3, (1.0, 0.0)),
+        ("h", 2, (0.5,)),
+    ]
     with pytest.raises(ValueError, match="2 groups of the file are trajectories"):
         read_rollouts(tmp_path / "t.jsonl")
 
@@ -82,6 +96,7 @@ SAMPLE = {"group_id": "g", "prompt": [1, 2], "response": [3], "reward": 1}
             2,
             "'t' of group 'g' has the rewards 1.0 and 0.0; one trajectory has one reward",
         ),
+        ([TRAJECTORY, TRAJECTORY | {"tokens": [1, 3, 3, 4]}], 1, "different prompts under one group 'g': position 1"),
         ([TRAJECTORY | {"logprobs": [0, 0, 0, 0]}], 1, "'logprobs' is not read here; write it as 'log_probs', one"),
         ([TRAJECTORY | {"loss_mask": [0, 0, 1, 1]}], 1, "'loss_mask' is not read here; write it as 'generated', one"),
         ([TRAJECTORY | {"group_id": None}], 1, "missing key 'group_id'"),
@@ -129,12 +144,23 @@ def test_bad_lines_are_skipped_and_named_and_groups_keep_the_rest(tmp_path: Path
         load_rollouts(path)
 
 
+def test_trajectories_that_contradict_one_another_cost_their_group(tmp_path: Path) -> None:
+    other = TRAJECTORY | {"tokens": [1, 3, 3, 4]}
+    lines = [TRAJECTORY, {"prompt": [5], "responses": [{"tokens": [3], "reward": 1.0}]}, other]
+    found = load_rollouts(write(tmp_path / "t.jsonl", lines), skip_bad=True)
+    assert found.groups == [RolloutGroup([5], [[3]], [1.0])]
+    ((place, message),) = found.problems.first
+    assert place.endswith("t.jsonl:1")
+    assert "different prompts under one group 'g'" in message
+    with pytest.raises(ValueError, match="nothing is left of the file: 1 lines were skipped"):
+        load_rollouts(write(tmp_path / "t.jsonl", lines[::2]), skip_bad=True)
+
+
 def test_vocabulary_is_checked_on_request(tmp_path: Path) -> None:
     path = write(tmp_path / "v.jsonl", [SAMPLE, SAMPLE | {"response": [9]}, TRAJECTORY | {"group_id": "t"}])
-    assert len(load_rollouts(path, vocab_size=10).groups[0]) == 2
+    assert load_rollouts(path, vocab_size=10).groups[0] == RolloutGroup([1, 2], [[3], [9]], [1.0, 1.0], "g")
     found = load_rollouts(path, vocab_size=4, skip_bad=True)
-    assert [len(group) for group in found.groups] == [1]
-    assert found.trajectories == []
+    assert found.groups == [RolloutGroup([1, 2], [[3]], [1.0], "g")]
     assert found.problems.first[0].message == (
         "response 0, position 0: token id 9 is outside the vocabulary of 4 tokens; tokenize with the tokenizer of this "
         "model"
@@ -185,8 +211,9 @@ def test_parquet_samples_and_trajectories_in_row_groups(tmp_path: Path) -> None:
     lines = [TRAJECTORY | {"log_probs": [0.0, 0.0, -1.5, -2.0]}, TRAJECTORY | {"log_probs": [0.0, 0.0, -1.0, -2.0]}]
     pq.write_table(pa.Table.from_pylist(lines), path)
     write(tmp_path / "same.jsonl", lines)
-    found, expected = load_rollouts(path), load_rollouts(tmp_path / "same.jsonl")
-    assert same(found.trajectories[0], expected.trajectories[0])
+    ((found,), _), ((expected,), _) = trajectories(path), trajectories(tmp_path / "same.jsonl")
+    assert same(found, expected)
+    assert len(found) == 2
 
 
 def test_a_damaged_row_group_costs_its_rows_only(tmp_path: Path) -> None:
@@ -352,10 +379,8 @@ def test_nemo_rl_training_data(tmp_path: Path) -> None:
         nemo_line([5, 6, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], 3, 7.0, filtered_rewards=[0.0], idx=2),
         nemo_line([5, 6, 7, 7, 0, 0], [0, 0, 1, 1, 0, 0], 4, 1.0, sample_loss_mask=[0.0], idx=3),
     ]
-    found = load_rollouts(write(tmp_path / "train_data_step1.jsonl", lines))
-    assert found.problems.left_out == 1
-    assert found.problems.skipped == 0
-    first, second = found.trajectories
+    (first, second), problems = trajectories(write(tmp_path / "train_data_step1.jsonl", lines))
+    assert (problems.left_out, problems.skipped) == (1, 0)
     assert first[0].group_id == first[1].group_id != second[0].group_id
     nan, name = float("nan"), first[0].group_id
     assert same(
@@ -378,7 +403,7 @@ def test_nemo_rl_message_logs(tmp_path: Path) -> None:
     masked = [messages[0], messages[1] | {"token_loss_mask": [0, 1]}]
     line = {"message_log": messages, "total_reward": 1.0, "task_name": "t", "loss_multiplier": 1.0, "group_id": "g"}
     lines = [line, line | {"message_log": masked, "total_reward": [0.0]}, line | {"message_log": messages[:2]}]
-    (found,) = load_rollouts(write(tmp_path / "log.jsonl", lines)).trajectories
+    ((found,), _) = trajectories(write(tmp_path / "log.jsonl", lines))
     nan = float("nan")
     assert same(
         found,
@@ -423,7 +448,7 @@ ROLLOUT: dict[str, Any] = {
 
 def test_megatron_rl_rollouts(tmp_path: Path) -> None:
     flat = {"trajectory": [5, 6, 4], "generation_mask": [0, 0, 1], "logprobs": [0.0, 0.0, -3.0], "reward": [0.0]}
-    (found,) = load_rollouts(write(tmp_path / "r.jsonl", [ROLLOUT, ROLLOUT | flat])).trajectories
+    ((found,), _) = trajectories(write(tmp_path / "r.jsonl", [ROLLOUT, ROLLOUT | flat]))
     nan, name = float("nan"), "sums/17"
     assert same(
         found,
@@ -438,10 +463,12 @@ def test_megatron_rl_rollouts(tmp_path: Path) -> None:
 def test_megatron_rl_groups_are_groups_whatever_their_ids(tmp_path: Path) -> None:
     group = {"rollouts": [ROLLOUT, ROLLOUT | {"reward": 0.0}], "batch_id": 0, "index_in_batch": 3}
     placeholder = {"rollouts": [ROLLOUT | {"trajectory": [], "generation_mask": [], "logprobs": []}]}
-    found = load_rollouts(write(tmp_path / "r.jsonl", [group, placeholder, group]))
-    assert [len(each) for each in found.trajectories] == [4, 4]  # the same ids in another iteration: another group
-    assert [t.trajectory_id for t in found.trajectories[1]] == ["3.0", "3.0", "3.1", "3.1"]
-    assert (found.problems.left_out, found.problems.skipped) == (1, 0)
+    found, problems = trajectories(write(tmp_path / "r.jsonl", [group, placeholder, group]))
+    assert [len(each) for each in found] == [4, 4]  # the same ids in another iteration: another group
+    assert [t.trajectory_id for t in found[1]] == ["3.0", "3.0", "3.1", "3.1"]
+    assert (problems.left_out, problems.skipped) == (1, 0)
+    trees = load_rollouts(tmp_path / "r.jsonl").groups
+    assert [tree.rewards for tree in trees] == [(1.0, 0.0)] * 2
 
 
 @pytest.mark.parametrize(
@@ -489,7 +516,7 @@ def spans(tokenizer: ChatTokenizer, tokens: Sequence[int], generated: Sequence[b
 
 def test_what_the_assistant_wrote_is_found(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     lines = [{"group_id": "g", "messages": CHAT, "reward": 1.0}, {"group_id": "g", "messages": CHAT[:3], "reward": 0}]
-    (found,) = load_rollouts(write(tmp_path / "chat.jsonl", lines), tokenizer=tokenizer).trajectories
+    ((found,), _) = trajectories(write(tmp_path / "chat.jsonl", lines), tokenizer=tokenizer)
     whole, cut = found
     call = '<call>{"name": "warm", "arguments": {"at": "Ülm"}}|'
     assert spans(tokenizer, whole.tokens, whole.generated) == [call, "21 degrees|"]
@@ -561,7 +588,7 @@ def test_the_format_is_recognised_or_named(tmp_path: Path) -> None:
     path = tmp_path / "mixed.jsonl"
     path.write_text("not json\n" + json.dumps({"strange": 1}) + "\n" + json.dumps(ROLLOUT) + "\n")
     found = load_rollouts(path, skip_bad=True)
-    assert [each[0].group_id for each in found.trajectories] == ["sums/17"]
+    assert [group.group_id for group in found.groups] == ["sums/17"]
     assert found.problems.skipped == 2
     with pytest.raises(ValueError, match="nothing is left"):
         load_rollouts(path, skip_bad=True, format="nemo-rl")
@@ -569,4 +596,4 @@ def test_the_format_is_recognised_or_named(tmp_path: Path) -> None:
         load_rollouts(path, format="csv")
     # Texts beside native keys do not change what the line is.
     write(path, [SAMPLE | {"messages": CHAT, "input": "i", "output": "o", "score": 1}])
-    assert load_rollouts(path).groups[0].responses == ((3,),)
+    assert load_rollouts(path).groups == [RolloutGroup([1, 2], [[3]], [1.0], "g")]

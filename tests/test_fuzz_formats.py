@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_prefix.formats.assemble import Problems
-from megatron_prefix.formats.read import stream_rollouts
+from megatron_prefix.formats.read import RolloutReader
 from megatron_prefix.generation.tokenizer import ChatTokenizer
+from megatron_prefix.rollout_tree import RolloutTree
 from tests import plain_formats as plain
 from tests.plain_formats import Plain, Record
 from tests.tokenizer_files import write_byte_tokenizer
@@ -164,7 +165,7 @@ FAULTS = (_cut, _drop, _double, _byte, _flip, _lines, *[_value] * 8, *[_key] * 2
 def read(path: Path, **options: Any) -> tuple[Groups, Problems]:
     problems = Problems()
     found: Groups = defaultdict(Counter)
-    for placed in stream_rollouts(path, problems, **options):
+    for placed in RolloutReader(**options).sequences(path, problems):
         group_id, sequences = plain.sequences_of(placed.group)
         found[group_id] += sequences
     return found, problems
@@ -199,9 +200,21 @@ def check(path: Path, records: Sequence[Record | None], **options: Any) -> str:
             assert len({each.log_probs is None for each in sequences}) == 1
         else:
             assert sequences == expected[group_id]
+    _check_trees(path, rest, **options)
     assert problems.skipped >= len(records) - len(good)
     assert torn or problems.skipped == len(records) - len(good)
     return outcome
+
+
+def _check_trees(path: Path, groups: Groups, **options: Any) -> None:
+    try:
+        found = RolloutReader(skip_bad=True, **options).load(path)
+    except ValueError as error:
+        assert "nothing is left" in str(error), error
+        return
+    for group in found.groups:
+        if isinstance(group, RolloutTree):
+            assert plain.is_tree_of(group, groups[group.group_id]), group.group_id
 
 
 @pytest.mark.parametrize("name", LINES)

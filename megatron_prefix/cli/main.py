@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "import": Command("megatron_prefix.cli.import_:import_command", "Hugging Face or GGUF weights to a checkpoint."),
     "export": Command("megatron_prefix.cli.export:export_command", "A checkpoint to a Hugging Face folder."),
     "rollout": Command("megatron_prefix.cli.rollout:rollout_command", "Sample responses to prompts and score them."),
+    "inspect": Command("megatron_prefix.cli.inspect_:inspect_command", "What a rollouts file holds and would save."),
     "train": Command("megatron_prefix.cli.train:train_command", "GRPO on a rollouts file or on policy."),
     "verify": Command("megatron_prefix.cli.verify:verify_command", "Compare prefix groups with plain megatron-core."),
     "plan-cp": Command(

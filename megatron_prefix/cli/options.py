@@ -28,6 +28,9 @@ from megatron_prefix.mcore.schedule import PREFIX_ACTIVATIONS
 from megatron_prefix.mcore.stages import Model, copy_parameters
 from megatron_prefix.mcore.training import TrainSettings
 from megatron_prefix.model_config import ModelConfig
+from megatron_prefix.packing import check_sampler_log_probs
+from megatron_prefix.rollout_stats import sequence_lengths
+from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup, check_vocabulary
 from megatron_prefix.splitting import Split, plan_splits
 
@@ -146,31 +149,29 @@ class ModelFlags:
         return {"dtype": self.torch_dtype, "sequence_parallel": parallel.sequence_parallel}
 
 
-def check_groups(groups: Sequence[RolloutGroup], config: ModelConfig, max_tokens: int | None) -> list[Split]:
+def check_groups(
+    groups: Sequence[RolloutGroup | RolloutTree], config: ModelConfig, max_tokens: int | None
+) -> list[Split]:
     """Refuse groups that the model or a micro-batch cannot take, before any work; returns how groups will be split.
 
     Raises:
-        ValueError: a token outside the vocabulary, a sequence longer than the model's positions, a response or prefix
-            larger than a micro-batch, or the sampler's log-probs in some groups only.
+        ValueError: a token of a prefix group outside the vocabulary (those of trees are checked when they are read), a
+            sequence longer than the model's positions, a response or prefix larger than a micro-batch, or the sampler's
+            log-probs in some groups only.
     """
-    check_vocabulary(groups, config.vocab_size)
+    check_vocabulary([group for group in groups if isinstance(group, RolloutGroup)], config.vocab_size)
     for i, group in enumerate(groups):
-        longest = len(group.prompt) + max(map(len, group.responses))
+        longest = max(sequence_lengths(group))
         if longest > config.max_position_embeddings:
             raise ValueError(
                 f"group {i} ({group.group_id!r}) has a sequence of {longest} tokens, the model takes "
                 f"{config.max_position_embeddings}; shorten or drop it"
             )
-        if (group.log_probs is None) != (groups[0].log_probs is None):
-            without = i if group.log_probs is None else 0
-            raise ValueError(
-                f"group {without} ({groups[without].group_id!r}) has no log_probs but others have; give the sampler's "
-                "log_probs for all groups or for none"
-            )
+    check_sampler_log_probs(groups)
     return check_limit(groups, max_tokens)
 
 
-def check_limit(groups: Sequence[RolloutGroup], max_tokens: int | None) -> list[Split]:
+def check_limit(groups: Sequence[RolloutGroup | RolloutTree], max_tokens: int | None) -> list[Split]:
     """Refuse groups of which a response or prefix is larger than a micro-batch; returns how groups will be split.
 
     Raises:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from megatron_prefix.mcore.compare import StepComparison
+if TYPE_CHECKING:
+    from megatron_prefix.mcore.compare import StepComparison
 
 REPEATED, GROUPED = "#b0b7c3", "#76b900"
 

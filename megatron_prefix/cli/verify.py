@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_prefix.cli.options import (
     prefix_activations_option,
 )
 from megatron_prefix.cli.pipeline_options import max_tokens_option
+from megatron_prefix.cli.rollout_input import RolloutInput, rollout_input_options
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.equivalence import (
@@ -38,7 +40,8 @@ from megatron_prefix.mcore.repeated import repeated_log_probs
 from megatron_prefix.mcore.stages import Model
 from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.rollouts import RolloutGroup, read_rollouts
+from megatron_prefix.rollout_group import RolloutGroup
+from megatron_prefix.rollout_tree import RolloutTree
 
 TINY_MODEL = ModelConfig(
     num_layers=2,
@@ -55,7 +58,11 @@ _JUDGES = {"bf16": "fp32", "fp32": "fp64"}
 
 
 @click.command("verify")
-@click.option("--rollouts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Rollouts JSONL.")
+@rollout_input_options(
+    click.option(
+        "--rollouts", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File of rollouts."
+    )
+)
 @click.option("--tiny", is_flag=True, help="A small random model and random ragged groups: no files needed.")
 @click.option("--max-groups", type=click.IntRange(1), help="Use the first groups of the file only.")
 @max_tokens_option
@@ -70,7 +77,7 @@ _JUDGES = {"bf16": "fp32", "fp32": "fp64"}
 @model_options
 @parallel_options
 def verify_command(
-    rollouts: Path | None,
+    rollouts: RolloutInput,
     tiny: bool,
     max_groups: int | None,
     max_tokens_per_microbatch: int | None,
@@ -97,14 +104,16 @@ def verify_command(
     torchrun --nproc-per-node 2 -m megatron_prefix verify --tiny --pp 2 --max-tokens-per-microbatch 16
     megatron-prefix verify --model smollm2 --rollouts rollouts.jsonl --max-groups 2 --tolerance 1e-4
     """
-    if tiny == (rollouts is not None):
+    if tiny == (rollouts.path is not None):
         raise ValueError("give either --tiny, or --rollouts and --model")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"--tolerance must be above 0, got {tolerance}")
     if flags.dtype == "bf16" and (steps or tolerance is not None):
         raise ValueError("bf16 is judged against the plain path's own error: leave out --steps and --tolerance")
     config = TINY_MODEL if tiny and flags.model is None else flags.config()
-    groups = read_rollouts(rollouts)[:max_groups] if rollouts else tiny_groups(config.vocab_size, seed)
+    groups: Sequence[RolloutGroup | RolloutTree] = tiny_groups(config.vocab_size, seed)
+    if rollouts.path:
+        groups = rollouts.read(config.vocab_size)[:max_groups]
     splits = check_groups(groups, config, max_tokens_per_microbatch)
     flags.check_impl(config, parallel.cp, bool(splits))
     sizes = parallel.start(seed)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megatron_prefix.formats.lines import LeftOutError, Parsed, Sample, parse
+from megatron_prefix.prefix_trie import share_prefixes
 from megatron_prefix.rollout_group import RolloutGroup, check_same_prompt
+from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.trajectory import Trajectory
 
 MOST_PROBLEMS = 1000
@@ -29,7 +31,7 @@ class Problems:
     """What was not read of a file.
 
     Attributes:
-        skipped: number of bad records.
+        skipped: number of bad records; a group whose trajectories contradict one another counts as one.
         left_out: number of records that the file itself marks as not to be trained.
         first: of both, in the order of the file, at most `MOST_PROBLEMS`.
     """
@@ -105,6 +107,26 @@ class Assembly:
         if not found:
             raise ValueError(self._nothing(number, problems))
 
+    def share(self, groups: Iterable[Placed], problems: Problems) -> Iterator[tuple[int, RolloutGroup | RolloutTree]]:
+        """Numbers and groups of `run`, trajectories as trees (`prefix_trie`).
+
+        Raises:
+            ValueError: trajectories that cannot be one group (without ``skip_bad``), or no group is left.
+        """
+        number, found = 0, False
+        for number, group in groups:
+            try:
+                shared = group if isinstance(group, RolloutGroup) else _tree(group)
+            except ValueError as error:
+                if not self.skip_bad:
+                    raise ValueError(f"{self.place(number)}: {error}") from error
+                problems.add(self.place(number), error)
+                continue
+            found = True
+            yield number, shared
+        if not found:
+            raise ValueError(self._nothing(number, problems))
+
     def _nothing(self, number: int, problems: Problems) -> str:
         if not problems.first:
             return (
@@ -116,6 +138,11 @@ class Assembly:
             f"{self.file}: nothing is left of the file: {problems.skipped + problems.left_out} {self.unit}s were "
             f"skipped; the first: {first.place}: {first.message}"
         )
+
+
+def _tree(trajectories: list[Trajectory]) -> RolloutTree:
+    (tree,) = share_prefixes(trajectories)  # they have one group_id
+    return tree
 
 
 @dataclass

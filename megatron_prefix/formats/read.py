@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from megatron_prefix.formats.parquet import parquet_rows
 from megatron_prefix.formats.verl import verl_lines
 from megatron_prefix.generation.tokenizer import ChatTokenizer
 from megatron_prefix.rollout_group import RolloutGroup
-from megatron_prefix.trajectory import Trajectory
+from megatron_prefix.rollout_tree import RolloutTree
 
 LOOK_AT = 100
 """Records among which one must be of a known format; a file where none is, is read as native."""
@@ -73,14 +73,81 @@ class RolloutFile:
     """What a file holds.
 
     Attributes:
-        groups: prefix groups, in the order of their first record.
-        trajectories: one list per group of trajectories, likewise; `prefix_trie` makes trees of them.
+        groups: in the order of their first record; those of trajectories as trees, which share what they can.
         problems: what was skipped or left out.
     """
 
-    groups: list[RolloutGroup]
-    trajectories: list[list[Trajectory]]
-    problems: Problems = field(default_factory=Problems)
+    groups: list[RolloutGroup | RolloutTree]
+    problems: Problems
+
+
+@dataclass(frozen=True)
+class RolloutReader:
+    """How files are read.
+
+    Attributes:
+        format: one of `FORMATS`, or "auto".
+        tokenizer: for formats that hold text.
+        skip_bad: skip and count bad records; without it the first is an error. A record is bad as a whole. A group
+            keeps its other records, as long as there is one.
+        vocab_size: token ids of this and above are bad.
+
+    Raises:
+        ValueError: no such format.
+    """
+
+    format: str = "auto"
+    tokenizer: ChatTokenizer | None = None
+    skip_bad: bool = False
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.format != "auto" and self.format not in FORMATS:
+            raise ValueError(f"format must be auto or one of {', '.join(FORMATS)}, got {self.format!r}")
+
+    def load(self, path: str | os.PathLike[str]) -> RolloutFile:
+        """Reads a whole file.
+
+        Raises:
+            ValueError: the file cannot be read, a record is bad, or no group is left; the message starts with
+                FILE:LINE where a line is to blame.
+            ImportError: a package that the file needs is not installed.
+        """
+        problems = Problems()
+        found = sorted(self.stream(path, problems), key=lambda placed: placed[0])
+        return RolloutFile([group for _, group in found], problems)
+
+    def stream(
+        self, path: str | os.PathLike[str], problems: Problems
+    ) -> Iterator[tuple[int, RolloutGroup | RolloutTree]]:
+        """As `load`, one group after another with the number of its first line: groups that one line holds at once,
+        those of several at the end. ``problems`` is added to meanwhile."""
+        assembly, records = self._open(os.fspath(path))
+        return assembly.share(assembly.run(records, problems), problems)
+
+    def sequences(self, path: str | os.PathLike[str], problems: Problems) -> Iterator[Placed]:
+        """As `stream`, with trajectories as they stand in the file."""
+        assembly, records = self._open(os.fspath(path))
+        return assembly.run(records, problems)
+
+    def _open(self, file: str) -> tuple[Assembly, Iterator[tuple[int, Load]]]:
+        unit, name = "line", self.format
+        if file.endswith(".parquet"):
+            records, unit = parquet_rows(file), "row"
+        elif file.endswith(".pt"):
+            from megatron_prefix.formats.data_proto import tensor_rows  # torch: not needed for other files
+
+            records, unit, name = tensor_rows(file), "sample", "native"
+        elif file.endswith((".pkl", ".pickle")):
+            raise ValueError(f"{file}: a pickle could run code and is not read; write JSONL, Parquet or a .pt file")
+        else:
+            records = json_lines(file)
+        if name == "auto":
+            name, records = _recognise(records)
+        if FORMATS[name].needs_tokenizer and self.tokenizer is None:
+            raise ValueError(f"{file}: {name} holds texts; name the folder of the tokenizer (--tokenizer)")
+        translate = _with_tokenizer(FORMATS[name], self.tokenizer)
+        return Assembly(file, translate, unit, self.skip_bad, self.vocab_size), records
 
 
 def load_rollouts(
@@ -91,66 +158,8 @@ def load_rollouts(
     skip_bad: bool = False,
     vocab_size: int | None = None,
 ) -> RolloutFile:
-    """Reads a whole file.
-
-    Args:
-        path: of the file.
-        format: one of `FORMATS`, or "auto".
-        tokenizer: for formats that hold text.
-        skip_bad: skip and count bad records; without it the first is an error. A record is bad as a whole. A group
-            keeps its other records, as long as there is one.
-        vocab_size: token ids of this and above are bad.
-
-    Raises:
-        ValueError: the file cannot be read, a record is bad, or no group is left; the message starts with FILE:LINE
-            where a line is to blame.
-        ImportError: a package that the file needs is not installed.
-    """
-    problems = Problems()
-    found = sorted(
-        stream_rollouts(path, problems, format=format, tokenizer=tokenizer, skip_bad=skip_bad, vocab_size=vocab_size),
-        key=lambda placed: placed.number,
-    )
-    return RolloutFile(
-        [placed.group for placed in found if isinstance(placed.group, RolloutGroup)],
-        [placed.group for placed in found if not isinstance(placed.group, RolloutGroup)],
-        problems,
-    )
-
-
-def stream_rollouts(
-    path: str | os.PathLike[str],
-    problems: Problems,
-    *,
-    format: str = "auto",
-    tokenizer: ChatTokenizer | None = None,
-    skip_bad: bool = False,
-    vocab_size: int | None = None,
-) -> Iterator[Placed]:
-    """As `load_rollouts`, one group after another: those of group lines at once, those of several records at the end.
-
-    ``problems`` is added to while the groups are taken.
-    """
-    if format != "auto" and format not in FORMATS:
-        raise ValueError(f"format must be auto or one of {', '.join(FORMATS)}, got {format!r}")
-    file = os.fspath(path)
-    unit = "line"
-    if file.endswith(".parquet"):
-        records, unit = parquet_rows(file), "row"
-    elif file.endswith(".pt"):
-        from megatron_prefix.formats.data_proto import tensor_rows  # torch: not needed for other files
-
-        records, unit, format = tensor_rows(file), "sample", "native"
-    elif file.endswith((".pkl", ".pickle")):
-        raise ValueError(f"{file}: a pickle could run code and is not read; write JSON Lines, Parquet or a .pt file")
-    else:
-        records = json_lines(file)
-    if format == "auto":
-        format, records = _recognise(records)
-    if FORMATS[format].needs_tokenizer and tokenizer is None:
-        raise ValueError(f"{file}: {format} holds texts; name the folder of the tokenizer (--tokenizer)")
-    assembly = Assembly(file, _with_tokenizer(FORMATS[format], tokenizer), unit, skip_bad, vocab_size)
-    yield from assembly.run(records, problems)
+    """`RolloutReader(...).load(path)`."""
+    return RolloutReader(format, tokenizer, skip_bad, vocab_size).load(path)
 
 
 def _with_tokenizer(format: Format, tokenizer: ChatTokenizer | None) -> Translate:

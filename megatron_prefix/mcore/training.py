@@ -27,7 +27,7 @@ from megatron_prefix.packing import Pack, balance_groups
 from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup
 
-GroupType = TypeVar("GroupType", RolloutGroup, RolloutTree)
+GroupType = TypeVar("GroupType", bound=RolloutGroup | RolloutTree)
 
 
 @dataclass(frozen=True)
