@@ -175,6 +175,18 @@ def _read_line(groups: dict[str | int, _OpenGroup], number: int, raw: bytes) -> 
         )
 
 
+def parse_group_line(raw: bytes) -> RolloutGroup:
+    """The group of one group line, UTF-8.
+
+    Raises:
+        ValueError: it is none, or a sample line.
+    """
+    group, is_sample = _parse_line(raw)
+    if is_sample:
+        raise ValueError("a sample line, but more samples of its group may follow; write group lines")
+    return group
+
+
 def _parse_line(raw: bytes) -> tuple[RolloutGroup, bool]:
     """The group on a line (of one response for a sample line), and whether it is a sample line."""
     try:

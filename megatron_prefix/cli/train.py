@@ -47,7 +47,7 @@ from megatron_prefix.mcore.step_plan import plan_step
 from megatron_prefix.mcore.tokens import groups_on_this_rank
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput, TrainSettings
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.packing import Pack, balance_groups
+from megatron_prefix.packing import Pack
 from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup, read_rollouts
 from megatron_prefix.splitting import pack_and_split, plan_splits, split_first
@@ -223,8 +223,7 @@ class _Run:
 
     def share(self, batch: Sequence[int]) -> list[int]:
         """This data-parallel rank's groups of a batch."""
-        share = balance_groups([self.groups[i] for i in batch], self.dp_group.size())[self.dp_group.rank()]
-        return [batch[n] for n in share]
+        return [batch[n] for n in self.trainer.share_of([self.groups[i] for i in batch])]
 
     def packs(self, share: Sequence[int]) -> list[Pack]:
         """The micro-batches of these groups."""

@@ -15,12 +15,14 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_prefix.balancing import StepPlanner
 from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.cost_model import CostModel
 from megatron_prefix.loss import BatchTotals, LossConfig, add_metrics, grpo_loss_terms, summarize
 from megatron_prefix.mcore.log_probs import response_log_probs
 from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
 from megatron_prefix.mcore.stages import whole_model_parameters
-from megatron_prefix.packing import Pack, balance_groups
+from megatron_prefix.packing import Pack
 from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup
 
@@ -200,10 +202,14 @@ class PolicyTrainer:
         metrics, terms = zip(*outputs, strict=True)
         return self._summarize(metrics), torch.cat(terms)
 
+    def share_of(self, groups: Sequence[GroupType]) -> list[int]:
+        """Indices of this data-parallel rank's groups of the global batch, balanced by `StepPlanner`."""
+        cost = CostModel(row=1.0, pair=1 / (6 * self.config.hidden_size))  # see `pipeline_plan.pipeline_jobs`
+        return list(StepPlanner(cost, self.dp_group.size()).plan(groups).ranks[self.dp_group.rank()].groups)
+
     def shard(self, groups: Sequence[GroupType]) -> list[GroupType]:
-        """This data-parallel rank's share of the global batch, see `balance_groups`."""
-        share = balance_groups(groups, self.dp_group.size())[self.dp_group.rank()]
-        return [groups[i] for i in share]
+        """The groups of `share_of`."""
+        return [groups[i] for i in self.share_of(groups)]
 
     def named_gradients(self) -> dict[str, Tensor]:
         """Gradients after `gradients`, of this rank's stages, by the parameter's name in the whole model.
