@@ -156,14 +156,11 @@ class StepPlan:
         )
 
     def metrics(self) -> dict[str, float]:
-        """The numbers of `describe`, for a step's record."""
+        """Counts and balance, for a step's record."""
         return {
-            "groups": len(self.groups),
             "groups_split": self.num_splits,
             "microbatches": self.num_microbatches,
             "balance": self.balance,
-            "modelled_seconds": self.seconds,
-            "modelled_lower_bound": self.lower_bound,
         }
 
     def packs(

@@ -209,22 +209,24 @@ class StepPlanner:
         most = min(rank.most for rank in ranks)
         if most < fewest:
             _refuse(ranks, fewest)
-        shape = self.pipeline
-        if shape.stages == 1:
+        if self._even_bubble(fewest) <= SMALL_BUBBLE:
             return fewest
         costliest = max(ranks, key=lambda rank: rank.cost)
         count, worse = fewest, 0
         best = (costliest.seconds(count), count)
-        while (
-            count < most
-            and worse < 2
-            and even_bubble(count, shape.stages, shape.chunks, shape.chunk_group) > SMALL_BUBBLE
-        ):
+        while count < most and worse < 2 and self._even_bubble(count) > SMALL_BUBBLE:
             count = min(most, max(count + 1, round(count * _GROWTH)))
             found = (costliest.seconds(count), count)
             worse = worse + 1 if found > best else 0
             best = min(best, found)
         return best[1]
+
+    def _even_bubble(self, count: int) -> float:
+        """Of a pipeline with so many even micro-batches."""
+        shape = self.pipeline
+        if shape.stages == 1:
+            return 0.0
+        return even_bubble(count, shape.stages, shape.chunks, shape.chunk_group)
 
     def _lower_bound(self, loads: Sequence[GroupLoad], count: int) -> float:
         limit = self.max_tokens_per_pack
@@ -233,10 +235,7 @@ class StepPlanner:
         together = 1 if limit is None else -(-sum(load.work.rows for load in loads) // (limit * self.dp_size))
         single = max(cost + n * self.cost.microbatch for cost, n in zip(alone, packs, strict=True))
         seconds = max(least_makespan(alone, self.dp_size) + together * self.cost.microbatch, single)
-        shape = self.pipeline
-        if shape.stages == 1:
-            return seconds
-        return seconds / shape.stages / (1 - even_bubble(count, shape.stages, shape.chunks, shape.chunk_group))
+        return seconds / self.pipeline.stages / (1 - self._even_bubble(count))
 
     def _without_levels(self, work: Workload) -> float:
         return self.cost.cost(work) - self.cost.level * work.levels

@@ -201,29 +201,6 @@ def check_pack_limit(
     return trees
 
 
-def balance_groups(groups: Sequence[RolloutGroup | RolloutTree], num_ranks: int) -> list[list[int]]:
-    """Indices of the groups of each data-parallel rank, balanced by attention area.
-
-    Longest first onto the least loaded. Every rank computes the same answer without communication.
-
-    Raises:
-        ValueError: fewer groups than ranks.
-    """
-    if len(groups) < num_ranks:
-        raise ValueError(
-            f"{len(groups)} groups cannot feed {num_ranks} data-parallel ranks; give every rank at least one"
-        )
-    areas = [tree.layout.area for tree in check_pack_limit(groups, None)]
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for i in sorted(range(len(groups)), key=lambda i: (-areas[i], i)):
-        # Ranks without a group go first, whatever the areas, so that none stays empty.
-        rank = min(range(num_ranks), key=lambda r: (bool(shares[r]), loads[r], r))
-        shares[rank].append(i)
-        loads[rank] += areas[i]
-    return [sorted(share) for share in shares]
-
-
 def group_name(group: RolloutGroup | RolloutTree, index: int) -> str:
     return f"{index}" if group.group_id is None else f"{index} ({group.group_id!r})"
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prefix import Pack, PrefixLayout, RolloutGroup, RolloutTree, TreeNode, pack_and_split, pack_groups
-from megatron_prefix.packing import NO_TARGET, balance_groups, repeated_packs
+from megatron_prefix.packing import NO_TARGET, repeated_packs
 from tests.strategies import batches, rollout_groups
 
 Batch = list[RolloutGroup | RolloutTree]
@@ -268,22 +268,6 @@ def test_advantages_with_and_without_the_standard_deviation() -> None:
     (pack,) = pack_groups(groups)
     std = math.sqrt((4 + 1 + 9) / 2)
     assert pack.advantages.tolist() == pytest.approx([-2 / std, -1 / std, 3 / std, 0.0], rel=1e-5)
-
-
-@given(st.lists(rollout_groups(), min_size=1, max_size=9), st.integers(1, 4))
-def test_groups_are_balanced_over_ranks(groups: list[RolloutGroup], num_ranks: int) -> None:
-    """Every group on one rank, no rank empty, and no rank above the others by more than its own last group."""
-    if len(groups) < num_ranks:
-        with pytest.raises(ValueError, match=f"{len(groups)} groups cannot feed {num_ranks} data-parallel ranks"):
-            balance_groups(groups, num_ranks)
-        return
-    shares = balance_groups(groups, num_ranks)
-    assert len(shares) == num_ranks and all(shares) and all(share == sorted(share) for share in shares)
-    assert sorted(i for share in shares for i in share) == list(range(len(groups)))
-    area = [pack_groups([group])[0].layout.area for group in groups]
-    loads = [sum(area[i] for i in share) for share in shares]
-    for share, load in zip(shares, loads, strict=True):
-        assert load - min(area[i] for i in share) <= min(loads)
 
 
 NODE = TreeNode([4, 5], -1)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from megatron_prefix.balanced_plan import Group, PipelineShape
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput
-from megatron_prefix.packing import Pack, balance_groups
-from megatron_prefix.rollouts import RolloutGroup
-from megatron_prefix.splitting import pack_and_split, plan_splits, split_first
+from megatron_prefix.sampler import PrefixGroupSampler
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,8 @@ class StepBatch:
         metrics: what the source has to say of the step.
     """
 
-    groups: Sequence[RolloutGroup]
-    mine: Sequence[RolloutGroup]
+    groups: Sequence[Group]
+    mine: Sequence[Group]
     inputs: Sequence[StepInput]
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -52,91 +49,67 @@ class StoredRollouts:
 
     Args:
         trainer: with the policy that old (and reference) log-probs are those of.
-        groups: all of them, on every rank.
-        groups_per_step: of the global batch.
-        seed: of the order.
-        max_tokens: most rows of a micro-batch.
+        sampler: of all groups, the same on every rank.
         with_reference: whether the loss has a reference policy, which is the old one.
     """
 
-    def __init__(
-        self,
-        trainer: PolicyTrainer,
-        groups: Sequence[RolloutGroup],
-        groups_per_step: int,
-        *,
-        seed: int,
-        max_tokens: int | None,
-        with_reference: bool,
-    ) -> None:
-        self.trainer, self.groups, self.max_tokens = trainer, groups, max_tokens
-        self.groups_per_step, self.seed, self.with_reference = groups_per_step, seed, with_reference
+    def __init__(self, trainer: PolicyTrainer, sampler: PrefixGroupSampler, *, with_reference: bool) -> None:
+        self.trainer, self.sampler, self.with_reference = trainer, sampler, with_reference
         self.dp_group = trainer.dp_group
-        self.step = 0
         self.old: dict[int, Tensor] = {}
 
-    def batch(self, step: int) -> list[int]:
-        """Indices of the groups of a step, which counts from 0."""
-        return batch_of_step(len(self.groups), self.groups_per_step, step, self.seed)
-
-    def measure_old_log_probs(self, steps: range, advance: Callable[..., None] = lambda **_: None) -> None:
-        """Log-probs under the policy as it is, each group on one data-parallel rank, known to all afterwards.
+    def measure_old_log_probs(self, num_steps: int, advance: Callable[..., None] = lambda **_: None) -> None:
+        """Log-probs, under the policy as it is, of the groups of the next steps; known to all ranks afterwards.
 
         Args:
-            steps: whose groups are wanted.
+            num_steps: whose groups are wanted.
             advance: called after each group of this rank, with the rows as ``units``.
         """
-        mine = self.groups_to_measure(steps)
-        found = {}
+        mine = self.groups_to_measure(num_steps)
         at_once = self.trainer.pp_group.size()  # enough to keep all stages busy
-        for some in (mine[first : first + at_once] for first in range(0, len(mine), at_once)):
-            packs = {i: pack_and_split([self.groups[i]], max_tokens_per_pack=self.max_tokens) for i in some}
-            results = iter(self.trainer.log_probs_of([pack for each in packs.values() for pack in each]))
-            for i, each in packs.items():
-                found[i] = torch.cat([next(results) for _ in each])
-                advance(units=sum(pack.layout.num_rows for pack in each))
+        found: dict[int, Tensor] = {}
+        for first in range(0, len(mine), at_once):
+            found |= measured_alone(self.trainer, self.sampler, mine[first : first + at_once], advance)
         for part in all_gather_object(found, self.dp_group):
             self.old |= part
 
-    def groups_to_measure(self, steps: range) -> list[int]:
-        """Indices of those groups of the steps that this data-parallel rank measures."""
-        wanted = sorted({i for step in steps for i in self.batch(step)})
+    def groups_to_measure(self, num_steps: int) -> list[int]:
+        """Indices of those groups of the next steps that this data-parallel rank measures."""
+        wanted = sorted({i for step in self.sampler.upcoming(num_steps) for i in step})
         return wanted[self.dp_group.rank() :: self.dp_group.size()]
 
-    def share(self, batch: Sequence[int]) -> list[int]:
-        """This data-parallel rank's groups of a batch."""
-        share = balance_groups([self.groups[i] for i in batch], self.dp_group.size())[self.dp_group.rank()]
-        return [batch[n] for n in share]
-
-    def packs(self, share: Sequence[int]) -> list[Pack]:
-        """The micro-batches of these groups."""
-        return pack_and_split([self.groups[i] for i in share], max_tokens_per_pack=self.max_tokens)
-
     def next_step(self) -> StepBatch:
-        batch = self.batch(self.step)
-        share = self.share(batch)
-        mine = [self.groups[i] for i in share]
-        order = split_first(plan_splits(mine, max_tokens_per_pack=self.max_tokens))
-        old = torch.cat([self.old[share[n]] for n in order])
-        inputs = []
-        for pack in self.packs(share):
-            count = pack.response_rows.numel()
-            inputs.append(StepInput(pack, old[:count], old[:count] if self.with_reference else None))
-            old = old[count:]
-        self.step += 1
-        return StepBatch([self.groups[i] for i in batch], mine, inputs)
+        """See `StepSource`."""
+        plan, groups, rank = self.sampler.next_step(), self.sampler.groups, self.dp_group.rank()
+        inputs = [
+            StepInput(pack, old, old if self.with_reference else None)
+            for pack, old in zip(plan.packs(groups, rank), plan.by_pack(groups, rank, self.old), strict=True)
+        ]
+        mine = [groups[i] for i in plan.ranks[rank].groups]
+        return StepBatch([groups[i] for i in plan.groups], mine, inputs, plan.metrics())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
+        return self.sampler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step = state["step"]
+        self.sampler.load_state_dict(state)
 
 
-def batch_of_step(num_groups: int, groups_per_step: int, step: int, seed: int) -> list[int]:
-    """Groups of a step. Each epoch is a new seeded order, cut into whole steps; what is left over sits it out."""
-    size = min(groups_per_step, num_groups)
-    epoch, index = divmod(step, num_groups // size)
-    order = list(range(num_groups))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return sorted(order[index * size : (index + 1) * size])
+def measured_alone(
+    trainer: PolicyTrainer, sampler: PrefixGroupSampler, wanted: Sequence[int], advance: Callable[..., None]
+) -> dict[int, Tensor]:
+    """Log-probs of these groups, each [response rows] on the CPU, in the order of `StepPlan.by_pack`.
+
+    Every group is in packs of its own, so that a run that goes on from a checkpoint, with other groups left to measure,
+    finds the same to the bit.
+    """
+    groups = sampler.groups
+    planner = replace(sampler.planner, dp_size=1, pipeline=PipelineShape())
+    plans = [planner.plan({i: groups[i]}) for i in wanted]
+    packs = [plan.packs(groups, 0) for plan in plans]
+    results = iter(trainer.log_probs_of([pack for each in packs for pack in each]))
+    found: dict[int, Tensor] = {}
+    for plan, each in zip(plans, packs, strict=True):
+        found |= plan.by_group(groups, 0, [next(results) for _ in each])
+        advance(units=sum(pack.layout.num_rows for pack in each))
+    return found

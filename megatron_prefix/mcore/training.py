@@ -17,13 +17,15 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_prefix.balancing import StepPlanner
 from megatron_prefix.collectives import all_gather_object, any_rank
+from megatron_prefix.cost_model import CostModel
 from megatron_prefix.loss import BatchTotals, LossConfig, add_metrics, grpo_loss_terms, summarize
 from megatron_prefix.mcore.log_probs import response_log_probs
 from megatron_prefix.mcore.lr_schedule import LrSchedule
 from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
 from megatron_prefix.mcore.stages import whole_model_parameters
-from megatron_prefix.packing import Pack, balance_groups
+from megatron_prefix.packing import Pack
 from megatron_prefix.rollout_tree import RolloutTree
 from megatron_prefix.rollouts import RolloutGroup
 
@@ -225,9 +227,10 @@ class PolicyTrainer:
         return self._summarize(metrics), torch.cat(terms)
 
     def shard(self, groups: Sequence[GroupType]) -> list[GroupType]:
-        """This data-parallel rank's share of the global batch, see `balance_groups`."""
-        share = balance_groups(groups, self.dp_group.size())[self.dp_group.rank()]
-        return [groups[i] for i in share]
+        """This data-parallel rank's share of the global batch, balanced by `StepPlanner`."""
+        cost = CostModel(row=1.0, pair=1 / (6 * self.config.hidden_size))  # see `pipeline_plan.pipeline_jobs`
+        plan = StepPlanner(cost, self.dp_group.size()).plan(groups)
+        return [groups[i] for i in plan.ranks[self.dp_group.rank()].groups]
 
     def named_gradients(self) -> dict[str, Tensor]:
         """Gradients after `gradients`, of this rank's stages, by the parameter's name in the whole model.
