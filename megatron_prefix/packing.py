@@ -159,6 +159,11 @@ def check_sampler_log_probs(groups: Sequence[RolloutGroup | RolloutTree]) -> Non
         )
 
 
+def has_log_probs(group: RolloutGroup | RolloutTree) -> bool:
+    """Whether the sampler's log-probs are known of all its rollouts."""
+    return all(_have_log_probs(group))
+
+
 def _have_log_probs(group: RolloutGroup | RolloutTree) -> list[bool]:
     if isinstance(group, RolloutTree):
         return [node.log_probs is not None for node in group.nodes if node.rollouts]

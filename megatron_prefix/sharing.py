@@ -63,6 +63,18 @@ def decline_unprofitable(group: RolloutGroup | RolloutTree, cost: CostModel) -> 
     )
 
 
+def share_where_it_pays(
+    groups: Sequence[RolloutGroup | RolloutTree], cost: CostModel
+) -> tuple[list[RolloutGroup | RolloutTree], list[Sharing]]:
+    """The groups as `decline_unprofitable` leaves them, those that share all they can as they were, and what it did."""
+    results = [decline_unprofitable(group, cost) for group in groups]
+    kept = [
+        group if result.shared and not result.declined else result.tree
+        for group, result in zip(groups, results, strict=True)
+    ]
+    return kept, results
+
+
 def summary(results: Sequence[Sharing]) -> str:
     """One line: of how many groups sharing was declined, and what sharing is modelled to gain."""
     alone = [result for result in results if not result.shared]

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_prefix.cli.on_policy_options import LOCAL, OnPolicyFlags
 from megatron_prefix.cli.options import ModelFlags, ParallelFlags, check_writable
+from megatron_prefix.cost_model import CostModel
 from megatron_prefix.generation.dialects import DIALECTS
 from megatron_prefix.generation.generator import Generator, LocalGenerator, SamplingSettings
 from megatron_prefix.generation.on_policy import Prompt, load_reward, task_prompts
@@ -23,7 +25,7 @@ from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.export_weights import export_weights
 from megatron_prefix.mcore.on_policy import OnPolicyRollouts, OnPolicySettings
 from megatron_prefix.mcore.parallel import ParallelSizes
-from megatron_prefix.mcore.step_source import batch_of_step
+from megatron_prefix.mcore.step_plan import step_planner
 from megatron_prefix.mcore.training import PolicyTrainer
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.weights import check_exportable
@@ -66,6 +68,7 @@ class OnPolicyData:
         config: ModelConfig,
         settings: OnPolicySettings,
         *,
+        tokenizer: Path | None,
         temperature: float,
     ) -> OnPolicyData:
         """Prompts as the options say, checked against the model; a server is asked whether it is there.
@@ -75,7 +78,7 @@ class OnPolicyData:
         """
         tasks = [task for text in flags.tasks for task in reasoning_gym_tasks(TaskSource.parse(text), settings.seed)]
         tasks += read_prompts(flags.prompts) if flags.prompts else []
-        folder = flags.tokenizer or model.model
+        folder = tokenizer or model.model
         assert folder is not None  # config has been read from --model
         reward = load_reward(flags.reward) if flags.reward else None
         prompts = task_prompts(tasks, ChatTokenizer(folder), reward)
@@ -101,9 +104,12 @@ class OnPolicyData:
         """See `StepData`."""
         return self.settings.max_tokens is not None
 
-    def source(self, trainer: PolicyTrainer, steps: range) -> OnPolicyRollouts:
+    def source(
+        self, trainer: PolicyTrainer, cost: CostModel, steps: range, saved: Mapping[str, Any] | None
+    ) -> OnPolicyRollouts:
         """See `StepData`."""
-        return OnPolicyRollouts(trainer, self._generator(trainer), self._prompts_of, self.settings)
+        planner = step_planner(trainer.config, trainer.dp_group.size(), cost, self.settings.max_tokens)
+        return OnPolicyRollouts(trainer, self._generator(trainer), self.prompts, planner, self.settings)
 
     def describe(self, source: OnPolicyRollouts, steps: range, sizes: ParallelSizes) -> Iterator[str]:
         """See `StepData`."""
@@ -112,10 +118,6 @@ class OnPolicyData:
             f"{self.sampling.group_size} responses to each by {self.flags.server or 'the policy itself'}; "
             f"steps {steps.start} to {steps.stop}"
         )
-
-    def _prompts_of(self, iteration: int) -> list[Prompt]:
-        count = self.settings.groups_per_iteration
-        return [self.prompts[i] for i in batch_of_step(len(self.prompts), count, iteration, self.settings.seed)]
 
     def _generator(self, trainer: PolicyTrainer) -> Generator:
         if self.server is None:

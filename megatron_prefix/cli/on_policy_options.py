@@ -25,7 +25,6 @@ class OnPolicyFlags:
     tasks: tuple[str, ...] = ()
     prompts: Path | None = None
     reward: str | None = None
-    tokenizer: Path | None = None
     group_size: int = 8
     max_new_tokens: int = 64
     steps_per_iteration: int = 1
@@ -81,11 +80,6 @@ def on_policy_options(command: Command) -> Command:
             "--reward",
             metavar="MODULE:FUNCTION",
             help="Your own reward, function(prompt, response, answer) -> float, all text.",
-        ),
-        click.option(
-            "--tokenizer",
-            type=click.Path(exists=True, file_okay=False, path_type=Path),
-            help="Folder with tokenizer.json; default: --model.",
         ),
         click.option("--group-size", type=click.IntRange(1), default=8, help="Responses per prompt."),
         click.option("--max-new-tokens", type=click.IntRange(1), default=64, help="Longest response."),

@@ -76,7 +76,7 @@ def rollout_input_options(path_option: Callable[[Any], Any]) -> Callable[[Comman
         click.option(
             "--tokenizer",
             type=click.Path(exists=True, file_okay=False, path_type=Path),
-            help="Folder with tokenizer.json, for formats that hold text.",
+            help="Folder with tokenizer.json: for formats that hold text, and prompts (there by default --model).",
         ),
         click.option("--skip-bad", is_flag=True, help="Skip and count bad records; without it the first is an error."),
     )

@@ -14,6 +14,7 @@ from megatron_prefix.attention import resolve_impl
 from megatron_prefix.checkpoint_folder import latest_checkpoint
 from megatron_prefix.cli.comparison import compare_with_repeated, show_comparison
 from megatron_prefix.cli.console import print_json, progress_bar, stderr_console
+from megatron_prefix.cli.cost_option import cost_model_option, find_cost_model
 from megatron_prefix.cli.metrics import MetricsFlags, MetricsLog, metrics_options
 from megatron_prefix.cli.on_policy import OnPolicyData, check_on_policy
 from megatron_prefix.cli.on_policy_options import OnPolicyFlags, on_policy_options
@@ -28,6 +29,7 @@ from megatron_prefix.cli.options import (
 )
 from megatron_prefix.cli.pipeline_options import max_tokens_option
 from megatron_prefix.cli.resume import check_resume, check_same_model
+from megatron_prefix.cli.rollout_input import RolloutInput, rollout_input_options
 from megatron_prefix.cli.run_options import (
     SaveFlags,
     bytes_per_parameter,
@@ -54,16 +56,20 @@ from megatron_prefix.stop_signals import StopSignals
 
 
 @click.command("train")
-@click.option(
-    "--rollouts",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Rollouts JSONL; or else --on-policy.",
+@rollout_input_options(
+    click.option(
+        "--rollouts",
+        "path",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="File of rollouts; or else --on-policy.",
+    )
 )
 @click.option(
     "--steps", type=click.IntRange(0), default=10, help="Optimizer steps in all; a resumed run does the rest."
 )
 @click.option("--groups-per-step", type=click.IntRange(1), default=2, help="Prefix groups of the global batch.")
 @max_tokens_option
+@cost_model_option
 @click.option(
     "--on-nonfinite",
     type=click.Choice(["stop", "skip"]),
@@ -83,10 +89,11 @@ from megatron_prefix.stop_signals import StopSignals
 @model_options
 @parallel_options
 def train_command(
-    rollouts: Path | None,
+    rollouts: RolloutInput,
     steps: int,
     groups_per_step: int,
     max_tokens_per_microbatch: int | None,
+    cost_model: Path | None,
     on_nonfinite: str,
     compare: int,
     plot: Path | None,
@@ -122,13 +129,13 @@ def train_command(
     if plot and not compare:
         raise ValueError("--plot draws the comparison: add --compare 1")
     step_counts = {"--steps": steps, "--save-every": saving.save_every or 0, "--compare": compare}
-    check_on_policy(on_policy, rollouts, loss, parallel, step_counts)
+    check_on_policy(on_policy, rollouts.path, loss, parallel, step_counts)
     if schedule.lr_decay_steps is None:
         schedule = replace(schedule, lr_decay_steps=max(steps, 1))
     settings = replace(settings, schedule=schedule)
     config = flags.config()
     data: StepData
-    if rollouts is None:
+    if rollouts.path is None:
         iterations = OnPolicySettings(
             groups_per_step,
             on_policy.steps_per_iteration,
@@ -136,7 +143,9 @@ def train_command(
             max_tokens=max_tokens_per_microbatch,
             max_sampler_gap=on_policy.max_sampler_gap,
         )
-        data = OnPolicyData.read(on_policy, flags, config, iterations, temperature=settings.temperature)
+        data = OnPolicyData.read(
+            on_policy, flags, config, iterations, tokenizer=rollouts.tokenizer, temperature=settings.temperature
+        )
     else:
         data = StoredData.read(
             rollouts,
@@ -148,6 +157,7 @@ def train_command(
             keep_ids=compare > 0,  # which runs a whole model on every rank
         )
     flags.check_impl(config, parallel.cp, data.may_split)
+    cost, source_of_cost = find_cost_model(cost_model, config, parallel.tp * parallel.cp)
     state = {
         "seed": seed,
         "groups_per_step": groups_per_step,
@@ -173,14 +183,18 @@ def train_command(
     model = flags.build(config, parallel, seed=seed)
     if saving.save:
         state["model_fingerprint"] = fingerprint(model)
-    if start and rollouts:
+    if start and rollouts.path:
         check_same_model(start, saved, state | names)
     trainer = PolicyTrainer(model, settings, loss)
     left = range(first, max(first, steps))
-    source: Any = data.source(trainer, left)
+    source: Any = data.source(trainer, cost, left, saved["source"] if start else None)
     summary, *details = data.describe(source, left, sizes)
     console.print(f"{_banner(config, flags, sizes)}; {summary}")
-    for line in (describe_implementations(trainer.optimizer, trainer.chunks), *details):
+    for line in (
+        describe_implementations(trainer.optimizer, trainer.chunks),
+        f"packed by modelled time, from {source_of_cost}",
+        *details,
+    ):
         console.print(line, markup=False)
     tokenizer_from = flags.model if flags.model and flags.model.is_dir() else None
     checkpoints = None

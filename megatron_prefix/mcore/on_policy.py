@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_prefix.balancing import StepPlanner
 from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.epoch_order import EpochOrder
 from megatron_prefix.generation.generator import Generator
 from megatron_prefix.generation.on_policy import Prompt, score_groups
 from megatron_prefix.mcore.step_source import StepBatch, StoredRollouts
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput
+from megatron_prefix.sampler import PrefixGroupSampler
+from megatron_prefix.sharing import share_where_it_pays
 
 ITERATIONS_APART = 1_000_003  # seeds of two runs do not meet within so many iterations
 
@@ -68,14 +72,15 @@ class OnPolicyRollouts:
     The other metrics are those of `score_groups`, for the whole iteration, and on its first step the seconds that went
     into handing over weights, sampling, scoring and old log-probs (0 on later steps).
 
-    The state is the number of steps: with a generator that samples the same for the same weights and seed, a resumed
-    run takes the same steps as an uninterrupted one. Nothing goes on within an iteration, whose policy is gone: after
+    The state is the number of steps and the place in the prompts' order: with a generator that samples the same for the
+    same weights and seed, a resumed run takes the same steps as an uninterrupted one. Nothing goes on within an iteration, whose policy is gone: after
     a run that was stopped there the next iteration begins.
 
     Args:
         trainer: of the policy.
         generator: which samples.
-        prompts: the prompts of an iteration, which counts from 0; `OnPolicySettings.groups_per_iteration` of them.
+        prompts: all of them; an iteration takes the next `OnPolicySettings.groups_per_iteration`, see `EpochOrder`.
+        planner: packs a step, and decides by its cost model where sharing pays.
         settings: how to train on them.
     """
 
@@ -83,10 +88,13 @@ class OnPolicyRollouts:
         self,
         trainer: PolicyTrainer,
         generator: Generator,
-        prompts: Callable[[int], Sequence[Prompt]],
+        prompts: Sequence[Prompt],
+        planner: StepPlanner,
         settings: OnPolicySettings,
     ) -> None:
-        self.trainer, self.generator, self.prompts, self.settings = trainer, generator, prompts, settings
+        self.trainer, self.generator, self.prompts = trainer, generator, prompts
+        self.planner, self.settings = planner, settings
+        self._order = EpochOrder(len(prompts), settings.groups_per_iteration, settings.seed)
         self.step = 0
         self._rollouts: StoredRollouts | None = None
         self._metrics: dict[str, float] = {}
@@ -116,16 +124,17 @@ class OnPolicyRollouts:
         return dataclasses.replace(batch, metrics=metrics | {"iteration": float(iteration), "sampler_gap": gap})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
+        return {"step": self.step, "prompts": self._order.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `StepSource`."""
         length = self.settings.steps_per_iteration
         self.step = -(-state["step"] // length) * length
+        self._order.load_state_dict(state["prompts"])
 
     def _roll_out(self, iteration: int) -> None:
         self._seconds = {}
-        prompts = self.prompts(iteration)
+        prompts = [self.prompts[i] for i in self._order.take()]
         with self._timed("update_weights"):
             self.generator.update_weights(iteration)
         seed = self.settings.seed * ITERATIONS_APART + iteration
@@ -133,16 +142,11 @@ class OnPolicyRollouts:
             sampled = self.generator.generate([prompt.tokens for prompt in prompts], seed=seed)
         with self._timed("score"):
             groups, self._metrics = score_groups(prompts, sampled, dist.group.WORLD)
-        self._rollouts = StoredRollouts(
-            self.trainer,
-            groups,
-            self.settings.groups_per_step,
-            seed=seed,
-            max_tokens=self.settings.max_tokens,
-            with_reference=False,
-        )
+        shared, _ = share_where_it_pays(groups, self.planner.cost)
+        sampler = PrefixGroupSampler(shared, self.planner, groups_per_step=self.settings.groups_per_step, seed=seed)
+        self._rollouts = StoredRollouts(self.trainer, sampler, with_reference=False)
         with self._timed("old_log_probs"):
-            self._rollouts.measure_old_log_probs(range(self.settings.steps_per_iteration))
+            self._rollouts.measure_old_log_probs(self.settings.steps_per_iteration)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

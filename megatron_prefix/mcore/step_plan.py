@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_prefix.balanced_plan import PipelineShape
+from megatron_prefix.balancing import StepPlanner
+from megatron_prefix.cost_model import CostModel
 from megatron_prefix.packing import Pack
 from megatron_prefix.pipeline_order import Turn, in_turns, order_jobs
 from megatron_prefix.pipeline_plan import (
@@ -14,6 +17,13 @@ from megatron_prefix.pipeline_plan import (
     pipeline_jobs,
     plan_pipeline,
 )
+
+
+def step_planner(config: Any, dp_size: int, cost: CostModel, max_tokens: int | None) -> StepPlanner:
+    """What packs the steps of a model with megatron-core's ``config``; ``max_tokens`` is most rows of a micro-batch."""
+    stages, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    pipeline = PipelineShape(stages, chunks, config.microbatch_group_size_per_vp_stage if chunks else None)
+    return StepPlanner(cost, dp_size, max_tokens, pipeline)
 
 
 def plan_step(packs: Sequence[Pack], config: Any, *, max_live_prefixes: int | None = None) -> PipelineRun:
