@@ -43,7 +43,8 @@ def inspect_command(
     \b
     rho    rows that repeated prefixes take, over those with shared prefixes
     alpha  the same for the pairs of the attention mask
-    A step with repeated prefixes costs between alpha and rho times as much; --model says how much in FLOPs.
+    A step with repeated prefixes costs between alpha and rho times as much, the output layer aside.
+    --model says how much in FLOPs, with it.
 
     Groups are read one after another, so that large files fit (those of several records wait for the end of the file).
     Exits with 0 whatever is found, and with 2 when the file cannot be read.
@@ -130,7 +131,7 @@ def _row(name: str, values: dict[str, float], form: str) -> Sequence[str]:
 
 
 def _saving_name(stats: RolloutStats) -> str:
-    return "cost of a step" if stats.cost is None else "FLOPs of a step (modelled)"
+    return "cost of a step, output layer aside" if stats.cost is None else "FLOPs of a step (modelled)"
 
 
 def _saving(stats: RolloutStats) -> str:
