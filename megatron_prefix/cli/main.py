@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "rollout": Command("megatron_prefix.cli.rollout:rollout_command", "Sample responses to prompts and score them."),
     "train": Command("megatron_prefix.cli.train:train_command", "GRPO on a rollouts file, every prefix encoded once."),
     "verify": Command("megatron_prefix.cli.verify:verify_command", "Compare prefix groups with plain megatron-core."),
+    "plan": Command("megatron_prefix.cli.plan:plan_command", "Choose parallel sizes: predicted memory and step time."),
     "plan-cp": Command(
         "megatron_prefix.cli.plan_cp:plan_cp_command", "Show what context parallelism will do with a layout."
     ),
