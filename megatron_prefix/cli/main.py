@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("megatron_prefix.cli.inspect_:inspect_command", "What a rollouts file holds and would save."),
     "train": Command("megatron_prefix.cli.train:train_command", "GRPO on a rollouts file or on policy."),
     "verify": Command("megatron_prefix.cli.verify:verify_command", "Compare prefix groups with plain megatron-core."),
+    "plan": Command("megatron_prefix.cli.plan:plan_command", "Choose parallel sizes: predicted memory and step time."),
     "plan-cp": Command(
         "megatron_prefix.cli.plan_cp:plan_cp_command", "Show what context parallelism will do with a layout."
     ),

@@ -75,7 +75,11 @@ def read_hf_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: expected a Hugging Face model folder")
-    hf = _read_json(path)
+    return config_from_hf(_read_json(path), path)
+
+
+def config_from_hf(hf: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The ModelConfig of ``hf``, the values of the config.json at ``path``. Raises ValueError as `read_hf_config`."""
     kind = hf.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"{path}: model_type {kind!r} is not supported, only {', '.join(MODEL_TYPES)}")
@@ -107,7 +111,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
             "qk_layernorm": kind == "qwen3",
             "qkv_bias": kind == "qwen2",
             "tied_embeddings": bool(hf.get("tie_word_embeddings", False)),
-            "eos_token_ids": _eos(folder, hf),
+            "eos_token_ids": _eos(path.parent, hf),
         },
         source=str(path),
     )
