@@ -71,6 +71,11 @@ def keep_last(directory: Path, count: int) -> None:
         shutil.rmtree(away)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, for someone to look at, and return where it is. Raises OSError."""
+    return path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.damaged"))
+
+
 @dataclass(frozen=True)
 class FileSum:
     """What the manifest says of a file: its size and the CRC-32 of its contents."""

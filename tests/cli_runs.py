@@ -78,7 +78,7 @@ def run_one(*arguments: str | Path, world_size: int = 1) -> Run:
 
 
 def invoke_all(rank: int, world_size: int, invocations: list[tuple[list[str], int]]) -> list[Run]:
-    dist.destroy_process_group()  # run_distributed's: the command starts its own
+    destroy()  # run_distributed's group: the command starts its own
     warnings.filterwarnings("ignore", module="megatron")
     # megatron-core's checkpoint writer starts a helper process, which Python refuses to daemonic ranks.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]

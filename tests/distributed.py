@@ -96,13 +96,17 @@ def running(fn: Callable[..., Any], world_size: int, *args: Any) -> Iterator["li
 
 
 def wait_until_ended(ranks: "list[_Rank]", seconds: float, *, any_of_them: bool = False) -> bool:
-    """Wait until all ranks have ended, or the first has; False at the time limit."""
+    """Wait until all processes have ended, or the first has; False at the time limit. Reads what they report."""
     deadline = time.monotonic() + seconds
-    while not (any if any_of_them else all)(rank.ended for rank in ranks):
+    while True:
+        running = [rank for rank in ranks if rank.process.is_alive()]
+        if not running or (any_of_them and len(running) < len(ranks)):
+            return True
         if (left := deadline - time.monotonic()) <= 0:
             return False
-        _read_waiting(ranks, left)
-    return True
+        # What a killed rank has started may keep its reports open.
+        connection.wait([rank.process.sentinel for rank in running], timeout=min(left, 0.1))
+        _read_waiting(ranks, 0.0)
 
 
 def _run_once(payload: bytes, world_size: int, timeout_s: float) -> list[Any]:

@@ -167,7 +167,7 @@ def _broken_save(rank: int, world_size: int, folder: str) -> None:
     config = tiny_config()
     model = build_model(config)
     path = step_folder(folder, 7)
-    with pytest.raises(ValueError, match=r"step_000007 could not be written: disk full. The checkpoints before it"):
+    with pytest.raises(ValueError, match=r"step_000007 could not be written: disk full .* The checkpoints before it"):
         save_checkpoint(path, model, _Breaks(**config.to_dict()))
     assert not list(Path(folder).iterdir())
     assert latest_checkpoint(folder) is None

@@ -64,16 +64,16 @@ class SaveFlags:
         """The newest good checkpoint to resume from, None where there is none or none is wanted; all ranks call it.
 
         Raises:
-            ValueError: all checkpoints are damaged, or what killed runs left cannot be removed.
+            ValueError: all checkpoints are damaged, or what earlier runs left cannot be removed or renamed.
         """
         if self.save is None:
             return None
         try:
             return newest_good_checkpoint(
-                self.save, lambda text: console.print(f"warning: {text}; going back to the one before", markup=False)
+                self.save, lambda text: console.print(f"warning: {text}. Going back to the one before", markup=False)
             )
         except OSError as error:
-            raise ValueError(f"--save: what a killed run left in {self.save} cannot be removed: {error}") from error
+            raise ValueError(f"--save: what earlier runs left in {self.save} cannot be tidied up: {error}") from error
 
     def settings(self) -> SaveSettings | None:
         """Of the loop; None without --save."""

@@ -200,9 +200,10 @@ def _named_errors(path: Path, beside: Path) -> Iterator[None]:
             shutil.rmtree(beside, ignore_errors=True)
         failures = getattr(error, "failures", {})
         reason = "; ".join(str(each) for each, _ in failures.values()) if failures else str(error)
+        free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
         raise ValueError(
-            f"checkpoint {path} could not be written: {reason}. The checkpoints before it are as they were; make room "
-            "or name another folder, then go on from the last one"
+            f"checkpoint {path} could not be written: {reason} ({free / 2**20:,.1f} MiB are free there). The "
+            "checkpoints before it are as they were; make room or name another folder, then go on from the last one"
         ) from error
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from megatron_prefix.checkpoint_folder import checkpoints, find_damage, keep_last, remove_leftovers, step_folder
+from megatron_prefix.checkpoint_folder import (
+    checkpoints,
+    find_damage,
+    keep_last,
+    remove_leftovers,
+    set_aside,
+    step_folder,
+)
 from megatron_prefix.collectives import all_gather_object, on_all_ranks
 from megatron_prefix.mcore.checkpoint import PendingSave, start_save
 from megatron_prefix.mcore.training import PolicyTrainer
@@ -112,7 +120,8 @@ class RunCheckpoints:
 def newest_good_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint in ``folder`` whose files are as they were written; None where there is no checkpoint.
 
-    Every rank calls this: they share the reading. Leftovers of killed runs are removed.
+    Every rank calls this: they share the reading. Leftovers of killed runs are removed, damaged checkpoints newer than
+    the good one renamed.
 
     Args:
         folder: of the run.
@@ -120,19 +129,25 @@ def newest_good_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | 
 
     Raises:
         ValueError: there are checkpoints, all of them damaged.
-        OSError: leftovers cannot be removed.
+        OSError: leftovers cannot be removed, or a damaged checkpoint cannot be renamed.
     """
-    on_all_ranks(lambda: remove_leftovers(folder) if dist.get_rank() == 0 else None, dist.group.WORLD)
+    first = dist.get_rank() == 0
+    on_all_ranks(lambda: remove_leftovers(folder) if first else None, dist.group.WORLD)
     found = checkpoints(folder)
+    damaged: list[tuple[Path, str]] = []
     for path in reversed(found):
         ranks = all_gather_object(find_damage(path, dist.get_rank(), dist.get_world_size()), dist.group.WORLD)
         damage = next((each for each in ranks if each is not None), None)
         if damage is None:
-            return path
-        warn(f"checkpoint {path} is damaged: {damage}")
-    if found:
+            break
+        damaged.append((path, damage))
+    if found and len(damaged) == len(found):
+        newest, damage = damaged[0]
         raise ValueError(
-            f"all {len(found)} checkpoints in {folder} are damaged; {found[-1].name}: {damage}. Name another folder to "
+            f"all {len(found)} checkpoints in {folder} are damaged; {newest.name}: {damage}. Name another folder to "
             "start anew, or restore one"
         )
-    return None
+    for path, damage in damaged:
+        aside = on_all_ranks(partial(set_aside, path) if first else path.absolute, dist.group.WORLD)[0]
+        warn(f"checkpoint {path} is damaged: {damage}; it is now {aside.name}")
+    return found[-1 - len(damaged)] if found else None
