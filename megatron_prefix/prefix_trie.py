@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_prefix.cost_model import CostModel
-from megatron_prefix.rollout_tree import RolloutTree, TreeNode
+from megatron_prefix.rollout_tree import RolloutTree, TreeNode, path_of
 from megatron_prefix.sharing import decline_unprofitable
 from megatron_prefix.trajectory import Trajectory
 
@@ -56,6 +56,25 @@ def share_prefixes(trajectories: Sequence[Trajectory], cost: CostModel | None = 
         groups.setdefault(rollouts[0].prompt if group_id is None else group_id, []).append(rollouts)
     trees = [_tree(key if isinstance(key, str) else None, members) for key, members in groups.items()]
     return trees if cost is None else [decline_unprofitable(tree, cost).tree for tree in trees]
+
+
+def trajectories_of(tree: RolloutTree) -> list[Trajectory]:
+    """One sequence per rollout of a tree, in order: what `share_prefixes` makes such a tree of."""
+    found = []
+    for rollout, reward in enumerate(tree.rewards):
+        tokens: list[int] = []
+        generated: list[bool] = []
+        log_probs: list[float | None] = []
+        for node in path_of(tree, rollout):
+            length, own = len(node.tokens), rollout in node.rollouts
+            tokens += node.tokens
+            generated += (node.loss_mask or [True] * length) if own else [False] * length
+            values = node.log_probs[node.rollouts.index(rollout)] if own and node.log_probs else None
+            log_probs += values or [None] * length
+        recorded = any(value is not None for value in log_probs)
+        name = None if tree.trajectories is None else str(tree.trajectories[rollout])
+        found.append(Trajectory(tokens, generated, reward, tree.group_id, log_probs if recorded else None, name))
+    return found
 
 
 def _of_group(group_id: str | None) -> str:

@@ -48,7 +48,9 @@ from typing import Any
 
 from megatron_prefix.formats.parquet import write_parquet
 from megatron_prefix.formats.read import load_rollouts
+from megatron_prefix.prefix_trie import trajectories_of
 from megatron_prefix.rollout_group import RolloutGroup, check_vocabulary
+from megatron_prefix.rollout_tree import RolloutTree
 
 __all__ = ["RolloutGroup", "check_vocabulary", "read_rollouts", "write_rollouts"]
 
@@ -74,17 +76,17 @@ def read_rollouts(path: str | os.PathLike[str]) -> list[RolloutGroup]:
 
 def write_rollouts(
     path: str | os.PathLike[str],
-    groups: Iterable[RolloutGroup],
+    groups: Iterable[RolloutGroup | RolloutTree],
     notes: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes group lines, or rows where the name ends in `.parquet`.
+    """Writes group lines, and trajectory lines for trees; rows where the name ends in `.parquet`.
 
     The file appears whole or not at all: it is written beside ``path`` and moved into place.
 
     Args:
         path: of the file.
-        groups: what to write.
-        notes: further keys of each group's line (texts, task name, ...), for people and other programs.
+        groups: what to write; a tree without a group_id is named after its place among them.
+        notes: further keys of each group's lines (texts, task name, ...), for people and other programs.
 
     Raises:
         ValueError: no groups, two groups with one id (such a file could not be read back), or notes that do not fit.
@@ -102,11 +104,14 @@ def write_rollouts(
         notes = [{}] * len(groups)
     if len(notes) != len(groups):
         raise ValueError(f"{target}: {len(notes)} notes for {len(groups)} groups; give one per group")
-    lines = [_group_line(group) for group in groups]
-    for line, note in zip(lines, notes, strict=True):
-        if taken := sorted(set(line) & set(note)):
-            raise ValueError(f"{target}: a note uses the key {taken[0]!r} of the group itself; give it another name")
-        line.update(note)
+    lines = []
+    for i, (group, note) in enumerate(zip(groups, notes, strict=True)):
+        for line in _trajectory_lines(group, i) if isinstance(group, RolloutTree) else [_group_line(group)]:
+            if taken := sorted(set(line) & set(note)):
+                raise ValueError(
+                    f"{target}: a note uses the key {taken[0]!r} of the group itself; give it another name"
+                )
+            lines.append({**line, **note})
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         if target.suffix == ".parquet":
@@ -131,3 +136,22 @@ def _group_line(group: RolloutGroup) -> dict[str, Any]:
         responses.append(response)
     named = {} if group.group_id is None else {"group_id": group.group_id}
     return {**named, "prompt": group.prompt, "responses": responses}
+
+
+def _trajectory_lines(tree: RolloutTree, index: int) -> list[dict[str, Any]]:
+    lines = []
+    for each in trajectories_of(tree):
+        line: dict[str, Any] = {
+            "group_id": f"group-{index}" if each.group_id is None else each.group_id,
+            "tokens": each.tokens,
+            "generated": [int(own) for own in each.generated],
+            "reward": each.reward,
+        }
+        if each.log_probs is not None:
+            line["log_probs"] = [
+                value if own else None for value, own in zip(each.log_probs, each.generated, strict=True)
+            ]
+        if each.trajectory_id is not None:
+            line["trajectory_id"] = each.trajectory_id
+        lines.append(line)
+    return lines

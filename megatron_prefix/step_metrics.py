@@ -11,8 +11,8 @@ from operator import add
 import psutil
 import torch
 
+from megatron_prefix.balanced_plan import Group
 from megatron_prefix.model_flops import ModelSize
-from megatron_prefix.rollouts import RolloutGroup
 from megatron_prefix.workload import Workload
 
 
@@ -30,7 +30,7 @@ class StepMeter:
     ranks: int
     peak_flops: float | None = None
 
-    def measure(self, groups: Sequence[RolloutGroup], seconds: float) -> dict[str, float]:
+    def measure(self, groups: Sequence[Group], seconds: float) -> dict[str, float]:
         """Metrics of a step on ``groups`` that took ``seconds``.
 
         ``tokens`` are rows computed, ``tokens_repeated`` those of the same rollouts each with its own prefix, and

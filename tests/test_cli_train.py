@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megatron_prefix.checkpoint_folder import complete, files_of, sums_of
+from megatron_prefix.epoch_order import EpochOrder
 from megatron_prefix.mcore.checkpoint import load_config, load_state
-from megatron_prefix.mcore.step_source import batch_of_step
 from megatron_prefix.packing import pack_groups
 from megatron_prefix.rollouts import read_rollouts
 from megatron_prefix.splitting import plan_splits
@@ -293,7 +293,7 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut(
     files: Path, one_process: dict[str, Run], two_processes: dict[str, Run]
 ) -> None:
     groups = read_rollouts(files / "rollouts.jsonl")
-    batches = [[groups[i] for i in batch_of_step(len(groups), 2, step, 3)] for step in range(3)]
+    batches = [[groups[i] for i in step] for step in EpochOrder(len(groups), 2, seed=3).upcoming(3)]
     assert any(len(pack_groups(batch, max_tokens_per_pack=25)) == 2 for batch in batches)
     base = metrics_of(files, "base")
     for name in ("packs", "chunks", "split"):
@@ -332,8 +332,9 @@ def test_compare_of_split_groups_on_two_stages(two_processes: dict[str, Run]) ->
 
 def test_metrics_lines(files: Path, one_process: dict[str, Run]) -> None:
     groups = read_rollouts(files / "rollouts.jsonl")
-    for step, line in enumerate(metrics_of(files, "base")):
-        batch = [groups[i] for i in batch_of_step(len(groups), 2, step, 3)]
+    steps = EpochOrder(len(groups), 2, seed=3).upcoming(3)
+    for step, line in zip(steps, metrics_of(files, "base"), strict=True):
+        batch = [groups[i] for i in step]
         rewards = [reward for group in batch for reward in group.rewards]
         assert line["reward"] == pytest.approx(sum(rewards) / len(rewards))
         assert line["rollouts"] == len(rewards)
@@ -361,24 +362,6 @@ def test_every_setting_reaches_the_training(files: Path, one_process: dict[str, 
 def test_kl_is_to_the_policy_at_the_start(files: Path, one_process: dict[str, Run]) -> None:
     first, *later = metrics_of(files, "kl")
     assert first["kl"] < 1e-12 and all(line["kl"] > 1e-4 for line in later)
-
-
-@pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("per_step", [1, 2, 3, 7])
-def test_batches_have_no_group_twice_and_leave_none_out(num_groups: int, per_step: int) -> None:
-    size = min(num_groups, per_step)
-    steps = [batch_of_step(num_groups, per_step, step, 0) for step in range(60)]
-    assert all(len(batch) == len(set(batch)) == size for batch in steps)
-    assert set().union(*steps) == set(range(num_groups))
-    epoch = num_groups // size
-    for start in range(0, 60 - epoch, epoch):
-        seen = [i for batch in steps[start : start + epoch] for i in batch]
-        assert len(seen) == len(set(seen))
-    assert (
-        num_groups < 3
-        or per_step >= num_groups
-        or steps != [batch_of_step(num_groups, per_step, s, 1) for s in range(60)]
-    )
 
 
 # ---- the comparison

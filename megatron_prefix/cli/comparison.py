@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from megatron_prefix.balanced_plan import Group
 from megatron_prefix.cli.console import print_table, progress_bar
 from megatron_prefix.cli.options import ModelFlags, ParallelFlags
 from megatron_prefix.mcore.compare import StepComparison, compare_step
 from megatron_prefix.mcore.repeated import repeated_log_probs
 from megatron_prefix.mcore.training import PolicyTrainer
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.rollouts import RolloutGroup
 
 
 def compare_with_repeated(
@@ -20,7 +20,7 @@ def compare_with_repeated(
     config: ModelConfig,
     flags: ModelFlags,
     parallel: ParallelFlags,
-    groups: Sequence[RolloutGroup],
+    groups: Sequence[Group],
     max_tokens: int | None,
 ) -> StepComparison:
     """A step on these groups (each data-parallel rank takes its share) by the trainer and by plain megatron-core."""

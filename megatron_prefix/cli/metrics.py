@@ -15,10 +15,10 @@ import click
 import torch
 import torch.distributed as dist
 
+from megatron_prefix.balanced_plan import Group
 from megatron_prefix.cli.console import finite
 from megatron_prefix.cli.cp_options import Command, gather
 from megatron_prefix.hardware import find_device
-from megatron_prefix.rollouts import RolloutGroup
 from megatron_prefix.step_metrics import StepMeter
 
 
@@ -167,7 +167,7 @@ class MetricsLog:
         for writer in self.writers:
             writer.close()
 
-    def write(self, step: int, groups: Sequence[RolloutGroup], measured: Mapping[str, float]) -> dict[str, float]:
+    def write(self, step: int, groups: Sequence[Group], measured: Mapping[str, float]) -> dict[str, float]:
         """Metrics of a step, with those that were ``measured`` already; returns them all."""
         line = {**measured, **self.meter.measure(groups, measured["step_seconds"])}
         for writer in self.writers:

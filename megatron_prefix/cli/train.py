@@ -178,7 +178,7 @@ def train_command(
         )
     console = stderr_console()
     start = saving.start_from(console)
-    saved = check_resume(start, config, state, data.name) if start else {"step": 0}
+    saved: dict[str, Any] = check_resume(start, config, state, data.name) if start else {"step": 0}
     first: int = saved["step"]
     model = flags.build(config, parallel, seed=seed)
     if saving.save:

@@ -10,12 +10,12 @@ import torch
 import torch.distributed
 from megatron.core import parallel_state
 
+from megatron_prefix.balanced_plan import Group
 from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.mcore.equivalence import Differences, differences, evaluate, make_inputs
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput
 from megatron_prefix.measure import track_memory
 from megatron_prefix.packing import pack_groups
-from megatron_prefix.rollouts import RolloutGroup
 from megatron_prefix.splitting import plan_splits
 
 
@@ -48,7 +48,7 @@ class StepComparison:
 def compare_step(
     trainer: PolicyTrainer,
     plain: PolicyTrainer,
-    groups: Sequence[RolloutGroup],
+    groups: Sequence[Group],
     max_tokens_per_pack: int | None,
     advance: Callable[..., None],
 ) -> StepComparison:
@@ -73,14 +73,14 @@ def compare_step(
 
 
 def _packed_together(
-    groups: Sequence[RolloutGroup], single: Sequence[StepInput], max_tokens_per_pack: int | None
+    groups: Sequence[Group], single: Sequence[StepInput], max_tokens_per_pack: int | None
 ) -> list[StepInput]:
     """Repeated sequences of each group in one micro-batch, as varlen training packs them; of a split group one each."""
     together: list[StepInput] = []
     first = 0
     for group, split in zip(groups, plan_splits(groups, max_tokens_per_pack=max_tokens_per_pack), strict=True):
-        members = single[first : first + len(group.responses)]
-        first += len(group.responses)
+        members = single[first : first + len(group.rewards)]
+        first += len(group.rewards)
         if split is not None:
             together += members
             continue

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_prefix.balanced_plan import as_tree
 from megatron_prefix.mcore.step_source import StepBatch
 from megatron_prefix.rollout_group import TokenCount
 from megatron_prefix.rollouts import write_rollouts
@@ -31,7 +32,7 @@ def save_offending(folder: Path, step: int, batch: StepBatch, metrics: Mapping[s
     Raises:
         OSError: it cannot be written.
     """
-    if not batch.mine or any(isinstance(group.prompt, TokenCount) for group in batch.mine):
+    if not batch.mine or any(isinstance(as_tree(group).nodes[0].tokens, TokenCount) for group in batch.mine):
         return None
     rank = dist.get_rank()
     path = folder / f"step_{step:06d}_rank{rank}.jsonl"

@@ -73,8 +73,8 @@ class OnPolicyRollouts:
     into handing over weights, sampling, scoring and old log-probs (0 on later steps).
 
     The state is the number of steps and the place in the prompts' order: with a generator that samples the same for the
-    same weights and seed, a resumed run takes the same steps as an uninterrupted one. Nothing goes on within an iteration, whose policy is gone: after
-    a run that was stopped there the next iteration begins.
+    same weights and seed, a resumed run takes the same steps as an uninterrupted one. Nothing goes on within an
+    iteration, whose policy is gone: after a run that was stopped there the next iteration begins.
 
     Args:
         trainer: of the policy.

@@ -10,23 +10,20 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_prefix.balanced_plan import Group
 from megatron_prefix.collectives import broadcast, device_of, group_rank
 from megatron_prefix.mcore.stages import unwrap
 from megatron_prefix.packing import Pack
-from megatron_prefix.rollout_group import RolloutGroup
-from megatron_prefix.rollout_tree import RolloutTree
-
-GroupType = TypeVar("GroupType", RolloutGroup, RolloutTree)
 
 _UNKNOWN = -1
 
 
-def groups_on_this_rank(groups: Sequence[GroupType], model: Any) -> list[GroupType]:
+def groups_on_this_rank(groups: Sequence[Group], model: Any) -> list[Group]:
     """The groups with what this rank of a pipeline reads of them; packs of them are the same on all ranks otherwise.
 
     Token ids stay on tensor-parallel rank 0 of the first and the last stage. All other ranks get the lengths, rewards

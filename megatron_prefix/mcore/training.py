@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_prefix.balanced_plan import Group
 from megatron_prefix.balancing import StepPlanner
 from megatron_prefix.collectives import all_gather_object, any_rank
 from megatron_prefix.cost_model import CostModel
@@ -26,10 +27,6 @@ from megatron_prefix.mcore.lr_schedule import LrSchedule
 from megatron_prefix.mcore.schedule import forward_backward_prefix_groups
 from megatron_prefix.mcore.stages import whole_model_parameters
 from megatron_prefix.packing import Pack
-from megatron_prefix.rollout_tree import RolloutTree
-from megatron_prefix.rollouts import RolloutGroup
-
-GroupType = TypeVar("GroupType", bound=RolloutGroup | RolloutTree)
 
 
 @dataclass(frozen=True)
@@ -226,7 +223,7 @@ class PolicyTrainer:
         metrics, terms = zip(*outputs, strict=True)
         return self._summarize(metrics), torch.cat(terms)
 
-    def shard(self, groups: Sequence[GroupType]) -> list[GroupType]:
+    def shard(self, groups: Sequence[Group]) -> list[Group]:
         """This data-parallel rank's share of the global batch, balanced by `StepPlanner`."""
         cost = CostModel(row=1.0, pair=1 / (6 * self.config.hidden_size))  # see `pipeline_plan.pipeline_jobs`
         plan = StepPlanner(cost, self.dp_group.size()).plan(groups)
