@@ -115,6 +115,13 @@ def test_one_turn_is_declined_and_another_is_not() -> None:
     assert max(result.tree.layout.levels) == 1
 
 
+@pytest.mark.parametrize(("merged_row", "declined"), [(1.9, 0), (2.1, 1)])
+def test_copies_attend_to_the_rows_above_them(merged_row: float, declined: int) -> None:
+    """A copy of the turn of 3 is 6 + 3 x 49 pairs and 3 merged rows, and 80 rows are not merged any more: 1.99."""
+    result = decline_unprofitable(turns(), CostModel(row=0.0, pair=1.0, merged_row=merged_row))
+    assert result.declined == declined
+
+
 def test_a_declined_group_is_split_like_any_other() -> None:
     group = RolloutGroup([1, 2, 3], [[4] * 5, [5] * 6, [6] * 7], [0.0, 1.0, 2.0], "short")
     result = decline_unprofitable(group, CostModel(row=1.0, level=100.0))
