@@ -90,6 +90,8 @@ def test_a_seed_gives_the_same_responses_however_prompts_are_shared(server: Serv
     parts = [connection.sample(PROMPTS[i : i + 1], SAMPLING, seed=4, first_prompt=i)[0] for i in range(3)]
     assert parts == whole
     assert connection.sample(PROMPTS, SAMPLING, seed=5) != whole
+    first, second = connection.sample([PROMPTS[0]] * 2, SAMPLING, seed=4)  # one prompt in two places
+    assert first == whole[0] != second
 
 
 def test_older_servers_name_tokens_by_their_ids(server: ServerProcess) -> None:
