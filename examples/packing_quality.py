@@ -170,13 +170,15 @@ def draw_picture(found: list[Quality], path: Path) -> None:
         axes.bar(at, [each.bound for each in mine], width=0.8, color="#b0b7c3", label="bound")
         axes.bar(at, [each.saving for each in mine], width=0.5, color="#76b900", label="planned")
         for n, each in enumerate(mine):
-            axes.text(n, max(each.bound, each.saving), f"{each.share:.3f}", ha="center", va="bottom", fontsize=7)
+            axes.text(
+                n, max(each.bound, each.saving), f"{each.share:.3f}", ha="center", va="bottom", fontsize=7, rotation=90
+            )
         labels = [f"{each.budget // 1024}k, DP {each.dp}, PP {each.pp}" for each in mine]
         axes.set_xticks(at, labels, rotation=60, ha="right", fontsize=7)
-        axes.set_ylim(0, 1.15 * max(each.bound for each in mine))
+        axes.set_ylim(0, 1.2 * max(each.bound for each in mine))
         axes.set_title(f"{kind}: repeated over grouped, modelled step", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -47,7 +47,8 @@ def order_jobs(
 
     All have waves of split groups: the A of a wave, its parts, its C. There are 1, 2, 3, ... waves; the next wave's A
     may share turns with the C, or come after or before them; groups that fit come last or before the last C. Groups,
-    their parts, and the packs of groups that fit keep their order.
+    their parts, and the packs of groups that fit keep their order, or a wave's parts go from the largest to the
+    smallest, whatever their groups, so that stages that are at different micro-batches have equal work.
 
     Args:
         jobs: from `pipeline_jobs`, with the backward.
@@ -88,6 +89,9 @@ def order_jobs(
     for size, whole_last in product(sizes, (True, False)):
         late, early = (_in_waves(jobs, size, early, whole_last) for early in (False, True))
         found += map(measured, (_shared(jobs, late), _apart(late), _apart(early)))
+    for size in sizes:
+        mixed = _in_waves(jobs, size, early=False, whole_last=True, mixed=True)
+        found += map(measured, (_shared(jobs, mixed), _apart(mixed)))
     if max_live_prefixes is not None:
         limit = max(max_live_prefixes, one_by_one.live)
         return min((f for f in found if f.live <= limit), key=lambda f: (f.bubble, f.live)).order
@@ -123,8 +127,11 @@ def _shared(jobs: Sequence[PipelineJob], order: Sequence[int]) -> list[Turn]:
     return turns
 
 
-def _in_waves(jobs: Sequence[PipelineJob], size: int, early: bool, whole_last: bool) -> list[int]:
-    """``size`` split groups at a time; ``early``: the A of the next wave before the C of the last."""
+def _in_waves(jobs: Sequence[PipelineJob], size: int, early: bool, whole_last: bool, mixed: bool = False) -> list[int]:
+    """``size`` split groups at a time; ``early``: the A of the next wave before the C of the last.
+
+    ``mixed``: the parts of a wave from the largest to the smallest, groups that fit among those of the last wave.
+    """
     of_kind: dict[str, dict[int, list[int]]] = {kind: {} for kind in "ABC"}
     whole = []
     for i, job in enumerate(jobs):
@@ -135,6 +142,9 @@ def _in_waves(jobs: Sequence[PipelineJob], size: int, early: bool, whole_last: b
     prefixes = list(of_kind["A"])
     waves = [prefixes[first : first + size] for first in range(0, len(prefixes), size)]
     begins, parts, ends = ([[i for p in wave for i in of_kind[kind][p]] for wave in waves] for kind in "ABC")
+    if mixed:
+        parts[-1], whole = parts[-1] + whole, []
+        parts = [sorted(wave, key=lambda i: -jobs[i].work) for wave in parts]
     order = list(begins[0])
     for n in range(len(waves)):
         is_last = n == len(waves) - 1
