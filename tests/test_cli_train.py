@@ -44,6 +44,7 @@ def succeed(runs: Sequence[Sequence[Run]]) -> list[Run]:
     return [ranks[0] for ranks in runs]
 
 
+PACKING = ("balance", "microbatches", "groups_split")  # how a batch is cut
 MEASURED = ("step_seconds", "tokens_per_second", "memory_bytes")  # what no two runs have alike
 
 
@@ -306,7 +307,7 @@ def assert_close(base: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]
     for expected, found in zip(base, other, strict=True):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-6), (name, found["step"])
+            assert name in PACKING or found[name] == pytest.approx(value, rel=2e-4, abs=2e-6), (name, found["step"])
 
 
 def test_the_loss_does_not_depend_on_the_pipeline(files: Path, two_processes: dict[str, Run]) -> None:
