@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,10 +15,12 @@ class StopSignals:
 
     Attributes:
         received: name of the signal that came, such as "SIGTERM"; None where none did.
+        event: set when it comes, for threads that wait.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.event = threading.Event()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -31,6 +34,7 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+        self.event.set()
         self._restore()
 
     def _restore(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from megatron_prefix.cli.run_options import (
     schedule_options,
 )
 from megatron_prefix.cli.stored_data import StepData, StoredData
+from megatron_prefix.cli.streamed_data import StreamedData
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.checkpoint import WEIGHTS, fingerprint, load_checkpoint
 from megatron_prefix.mcore.fused import describe_implementations
@@ -60,10 +62,11 @@ from megatron_prefix.stop_signals import StopSignals
     click.option(
         "--rollouts",
         "path",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        type=click.Path(dir_okay=False, path_type=Path),
         help="File of rollouts; or else --on-policy.",
     )
 )
+@click.option("--follow", is_flag=True, help="Train on groups as they are appended to --rollouts, in their order.")
 @click.option(
     "--steps", type=click.IntRange(0), default=10, help="Optimizer steps in all; a resumed run does the rest."
 )
@@ -90,6 +93,7 @@ from megatron_prefix.stop_signals import StopSignals
 @parallel_options
 def train_command(
     rollouts: RolloutInput,
+    follow: bool,
     steps: int,
     groups_per_step: int,
     max_tokens_per_microbatch: int | None,
@@ -117,6 +121,8 @@ def train_command(
     itself or by a vLLM or SGLang server that is handed the weights, scores them and takes --steps-per-iteration steps.
     Old log-probs are then those of the iteration's start, and the server's own must agree with them.
 
+    With --follow the file grows while training runs, by group lines; old log-probs are those right before each step.
+
     SIGTERM or Ctrl-C ends a run after the step that it is in; with --save it is saved there, and --resume goes on.
 
     \b
@@ -130,6 +136,9 @@ def train_command(
         raise ValueError("--plot draws the comparison: add --compare 1")
     step_counts = {"--steps": steps, "--save-every": saving.save_every or 0, "--compare": compare}
     check_on_policy(on_policy, rollouts.path, loss, parallel, step_counts)
+    if follow and rollouts.path is None:
+        raise ValueError("--follow needs --rollouts, the file to follow")
+    stop = StopSignals()
     if schedule.lr_decay_steps is None:
         schedule = replace(schedule, lr_decay_steps=max(steps, 1))
     settings = replace(settings, schedule=schedule)
@@ -145,6 +154,16 @@ def train_command(
         )
         data = OnPolicyData.read(
             on_policy, flags, config, iterations, tokenizer=rollouts.tokenizer, temperature=settings.temperature
+        )
+    elif follow:
+        data = StreamedData.of(
+            rollouts,
+            config,
+            loss,
+            groups_per_step=groups_per_step,
+            max_tokens=max_tokens_per_microbatch,
+            compare=compare,
+            stop=stop,
         )
     else:
         data = StoredData.read(
@@ -183,7 +202,7 @@ def train_command(
     model = flags.build(config, parallel, seed=seed)
     if saving.save:
         state["model_fingerprint"] = fingerprint(model)
-    if start and rollouts.path:
+    if start and isinstance(data, StoredData):
         check_same_model(start, saved, state | names)
     trainer = PolicyTrainer(model, settings, loss)
     left = range(first, max(first, steps))
@@ -205,7 +224,8 @@ def train_command(
     with (
         progress_bar("train", max(steps - first, 0), unit="tokens") as advance,
         MetricsLog(writers, meter, first if start else None) as log,
-        StopSignals() as stop,
+        stop,
+        closing(source),
     ):
 
         def on_step(step: int, batch: StepBatch, measured: dict[str, float]) -> None:
@@ -236,7 +256,7 @@ def train_command(
     if saving.save:
         console.print(f"checkpoint: {latest_checkpoint(saving.save)}")
     if loop.step < steps:
-        console.print(f"stopped by {loop.stopped_by} after step {loop.step} of {steps}")
+        console.print(f"stopped by {loop.stopped_by or 'the end of the rollouts'} after step {loop.step} of {steps}")
         result["stopped_by"] = loop.stopped_by
     elif compare:
         assert isinstance(data, StoredData)

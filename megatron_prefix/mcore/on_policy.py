@@ -132,6 +132,9 @@ class OnPolicyRollouts:
         self.step = -(-state["step"] // length) * length
         self._order.load_state_dict(state["prompts"])
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def _roll_out(self, iteration: int) -> None:
         self._seconds = {}
         prompts = [self.prompts[i] for i in self._order.take()]

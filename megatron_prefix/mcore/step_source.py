@@ -1,4 +1,4 @@
-"""Where the groups of a step come from: a `StepSource`, and the one that has all its rollouts from the start."""
+"""Where the groups of a step come from: a `StepSource`; rollouts that are there from the start, or that arrive."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prefix.balanced_plan import Group, PipelineShape
-from megatron_prefix.collectives import all_gather_object
+from megatron_prefix.balancing import StepPlanner
+from megatron_prefix.collectives import all_gather_object, any_rank, on_all_ranks
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput
 from megatron_prefix.sampler import PrefixGroupSampler
+from megatron_prefix.streaming import RolloutStream
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,18 @@ class StepBatch:
 class StepSource(Protocol):
     """Gives every rank its part of each step in turn. All ranks call it together."""
 
-    def next_step(self) -> StepBatch:
-        """The batch of the next step; the policy is as the steps before have left it."""
+    def next_step(self) -> StepBatch | None:
+        """The batch of the next step; the policy is as the steps before have left it. None where there is no further
+        one, or the run was asked to stop while the source waited for it."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values from which `load_state_dict` goes on after the steps given so far; the same on every rank."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the source was whose `state_dict` this is."""
+
+    def close(self) -> None:
+        """No further step will be asked for."""
 
 
 class StoredRollouts:
@@ -69,7 +76,8 @@ class StoredRollouts:
         at_once = self.trainer.pp_group.size()  # enough to keep all stages busy
         found: dict[int, Tensor] = {}
         for first in range(0, len(mine), at_once):
-            found |= measured_alone(self.trainer, self.sampler, mine[first : first + at_once], advance)
+            wanted = {i: self.sampler.groups[i] for i in mine[first : first + at_once]}
+            found |= measured_alone(self.trainer, self.sampler.planner, wanted, advance)
         for part in all_gather_object(found, self.dp_group):
             self.old |= part
 
@@ -94,18 +102,75 @@ class StoredRollouts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sampler.load_state_dict(state)
 
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class StreamedRollouts:
+    """Steps on rollouts that arrive while training runs, in the order of their arrival.
+
+    Old log-probs are those of the policy right before the step. The run ends with the stream: a last step of fewer
+    groups is not taken, since ranks may see the end of a growing file at different lines.
+
+    Args:
+        trainer: of the policy.
+        open_stream: opens the stream behind the groups that earlier runs consumed.
+        stopped: whether the run was asked to stop; the stream then ends where it waits.
+    """
+
+    def __init__(
+        self, trainer: PolicyTrainer, open_stream: Callable[[int], RolloutStream], stopped: Callable[[], bool]
+    ) -> None:
+        self.trainer, self.open_stream, self.stopped = trainer, open_stream, stopped
+        self.consumed = 0
+        self._stream: RolloutStream | None = None
+
+    def next_step(self) -> StepBatch | None:
+        """See `StepSource`. Raises what the source of the stream raises, on all ranks."""
+        if self._stream is None:
+            self._stream = self.open_stream(self.consumed)
+        stream = self._stream
+        found = on_all_ranks(stream.next_step, dist.group.WORLD, ValueError)[dist.get_rank()]
+        whole = found is not None and len(found.groups) == stream.groups_per_step
+        if any_rank(self.stopped() or not whole, dist.group.WORLD):
+            return None
+        assert found is not None
+        groups, plan, rank = found.groups, found.plan, self.trainer.dp_group.rank()
+        mine = {i: groups[i] for i in plan.ranks[rank].groups}
+        old = measured_alone(self.trainer, stream.planner, mine)
+        inputs = [
+            StepInput(pack, values)
+            for pack, values in zip(plan.packs(mine, rank), plan.by_pack(mine, rank, old), strict=True)
+        ]
+        self.consumed += len(groups)
+        return StepBatch(list(groups.values()), list(mine.values()), inputs, plan.metrics())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `StepSource`; before the first step."""
+        self.consumed = state["consumed"]
+
+    def close(self) -> None:
+        """End the stream."""
+        if self._stream is not None:
+            self._stream.close()
+
 
 def measured_alone(
-    trainer: PolicyTrainer, sampler: PrefixGroupSampler, wanted: Sequence[int], advance: Callable[..., None]
+    trainer: PolicyTrainer,
+    planner: StepPlanner,
+    groups: Mapping[int, Group],
+    advance: Callable[..., None] = lambda **_: None,
 ) -> dict[int, Tensor]:
     """Log-probs of these groups, each [response rows] on the CPU, in the order of `StepPlan.by_pack`.
 
     Every group is in packs of its own, so that a run that goes on from a checkpoint, with other groups left to measure,
     finds the same to the bit.
     """
-    groups = sampler.groups
-    planner = replace(sampler.planner, dp_size=1, pipeline=PipelineShape())
-    plans = [planner.plan({i: groups[i]}) for i in wanted]
+    alone = replace(planner, dp_size=1, pipeline=PipelineShape())
+    plans = [alone.plan({i: group}) for i, group in groups.items()]
     packs = [plan.packs(groups, 0) for plan in plans]
     results = iter(trainer.log_probs_of([pack for each in packs for pack in each]))
     found: dict[int, Tensor] = {}

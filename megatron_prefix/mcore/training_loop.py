@@ -36,7 +36,7 @@ class TrainingLoop:
     Attributes:
         step: steps taken, with those of the runs that this one goes on with.
         skipped: how many of them updated nothing, because their loss or gradient was not finite.
-        stopped_by: name of the signal, on the rank that got it, that ended `run` early.
+        stopped_by: name of the signal that ended `run` early; None also where the source ended before.
     """
 
     def __init__(
@@ -84,6 +84,9 @@ class TrainingLoop:
             before = self.state_dict()
             started = time.perf_counter()
             batch = self.source.next_step()
+            if batch is None:
+                self.stopped_by = self._signal()
+                break
             metrics = self.trainer.step(batch.inputs) | dict(batch.metrics)
             finite = metrics["updated"] > 0
             self.step += 1
@@ -97,16 +100,23 @@ class TrainingLoop:
                         self.checkpoints.save(before["step"], before)
                         self.checkpoints.wait()
                     raise NonFiniteError(self._why_stopped(metrics, kept))
-            if any_rank(self.stop.received is not None, dist.group.WORLD):
-                self.stopped_by = next(filter(None, all_gather_object(self.stop.received, dist.group.WORLD)))
+            self.stopped_by = self._signal()
             if self.checkpoints:
                 self.checkpoints.poll()
-                if self.stopped_by or self.step == steps or self.checkpoints.due(self.step):
+                if self.checkpoints.due(self.step):
                     self.checkpoints.save(self.step, self.state_dict())
                     saved = self.step
         if self.checkpoints:
+            if saved != self.step:
+                self.checkpoints.save(self.step, self.state_dict())
             self.checkpoints.wait()
         return metrics
+
+    def _signal(self) -> str | None:
+        """Name of the signal that a rank got, None where none did."""
+        if not any_rank(self.stop.received is not None, dist.group.WORLD):
+            return None
+        return next(filter(None, all_gather_object(self.stop.received, dist.group.WORLD)))
 
     def _keep_offending(self, batch: StepBatch, metrics: Mapping[str, float]) -> list[Path]:
         """Files with the groups of the step just made, of all ranks."""
