@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 pytest.importorskip("tokenizers")
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from megatron_prefix.cli.main import main
 from megatron_prefix.generation.tasks import (
@@ -28,6 +28,7 @@ from megatron_prefix.generation.tasks import (
 from megatron_prefix.generation.tokenizer import ChatTokenizer
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.rollouts import read_rollouts
+from tests.tokenizer_files import write_byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = (
@@ -40,15 +41,7 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A folder with a byte tokenizer, a chat template, and the shape of a tiny model (random weights)."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(ALPHABET)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"chat_template": TEMPLATE, "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    folder = write_byte_tokenizer(tmp_path / "tiny", TEMPLATE, bos_token={"content": "<s>"})
     ModelConfig(
         num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=260,
         max_position_embeddings=256, tied_embeddings=True, eos_token_ids=(257, 5),
