@@ -139,23 +139,3 @@ def write_groups(folder: Path, count: int = 5, *, name: str = "rollouts.jsonl", 
     path = folder / name
     write_rollouts(path, groups(count, **options))
     return path
-
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}answer: {% endif %}"
-)
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A byte tokenizer of 258 tokens (<s> is 256, </s> is 257) with a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"chat_template": TEMPLATE, "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

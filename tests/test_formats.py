@@ -531,6 +531,10 @@ def test_what_the_assistant_wrote_is_found(tmp_path: Path, tokenizer: ChatTokeni
     [
         # Reasoning of earlier turns is dropped when the conversation goes on.
         (CHATML.replace("m.content or ''", "(m.content or '') if loop.last else ''"), "message 2: .*not prefix-stable"),
+        (
+            CHATML.replace("m.tool_calls or []", "((m.tool_calls or []) if loop.last else [])"),
+            "message 2: .*not prefix-stable",
+        ),
         # The prompt for the answer is not how the answer is shown later.
         (CHATML.replace("<s>assistant\n{% endif", "answer: {% endif"), "message 2: .*not prefix-stable"),
         (CHATML + "{{ messages[0].nothing.at_all }}", "cannot take these messages: .*nothing"),

@@ -141,6 +141,15 @@ def _value(content: bytes, rng: random.Random) -> bytes:
     return content[:start] + rng.choice(VALUES) + content[end:]
 
 
+def _number(content: bytes, rng: random.Random) -> bytes:
+    """An id, bit or reward that is as good as another, or just too large."""
+    numbers = [match.span() for match in re.finditer(rb"(?<=[ \[])\d+(?=[,\]}])", content)]
+    if not numbers:
+        return content
+    start, end = rng.choice(numbers)
+    return content[:start] + rng.choice((b"0", b"1", b"3", b"9", b"9223372036854775808")) + content[end:]
+
+
 def _key(content: bytes, rng: random.Random) -> bytes:
     keys = [match.span(1) for match in re.finditer(rb'("\w+"):', content)]
     if not keys:
@@ -159,7 +168,7 @@ def _nothing(content: bytes, rng: random.Random) -> bytes:
     return rng.choice((b"", b"\n \n", b"\0" * 64, b"{}", b"[]\n"))
 
 
-FAULTS = (_cut, _drop, _double, _byte, _flip, _lines, *[_value] * 8, *[_key] * 2, _encoding, _nothing)
+FAULTS = (_cut, _drop, _double, _byte, _flip, _lines, *[_value] * 6, *[_number] * 6, *[_key] * 2, _encoding, _nothing)
 
 
 def read(path: Path, **options: Any) -> tuple[Groups, Problems]:
@@ -395,7 +404,11 @@ def _another_tensor(rng: random.Random) -> dict[str, Any]:
         )
     else:
         changed = value.clone()
-        fills = (-1, 0, 1, 2, 2**62) if not value.is_floating_point() else (torch.nan, torch.inf, 0.5, -3e38)
+        fills: tuple[float, ...] = (-1, 0, 1, 2, 2**62)
+        if value.is_floating_point():
+            fills = (torch.nan, torch.inf, 0.5, -3e38)
+        elif name.endswith("mask"):
+            fills = (0, 0, 0, 1, 1, 1, 2)
         changed[rng.randrange(3), rng.randrange(value.shape[1])] = rng.choice(fills)
         batch[name] = changed
     return batch

@@ -15,8 +15,9 @@ from megatron_prefix.generation.sampling import SampledResponse
 from megatron_prefix.generation.server import InferenceServer, ServerSettings
 from megatron_prefix.generation.tasks import Score
 from megatron_prefix.weights import open_source
-from tests.cli_runs import Arguments, Run, one_line, run_cli, run_one, write_tokenizer
+from tests.cli_runs import Arguments, Run, one_line, run_cli, run_one
 from tests.server_process import ServerProcess, serving
+from tests.tokenizer_files import PLAIN, write_byte_tokenizer
 
 pytest.importorskip("tokenizers", reason="needs the cli extra")
 pytest.importorskip("urllib3", reason="needs the cli extra")
@@ -36,7 +37,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2, max_position_embeddings=64, eos_token_id=[257, 5],
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "hf")
-    write_tokenizer(folder / "hf")
+    write_byte_tokenizer(folder / "hf", PLAIN, bos_token={"content": "<s>"})
     lines = [json.dumps({"prompt": prompt, "answer": "a"}) + "\n" for prompt in PROMPTS]
     (folder / "prompts.jsonl").write_text("".join(lines))
     run = run_one("import", folder / "hf", folder / "policy", "--dtype", "fp32")

@@ -27,7 +27,7 @@ from megatron_prefix.generation.tasks import (
 from megatron_prefix.generation.tokenizer import ChatTokenizer
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.rollouts import read_rollouts
-from tests.cli_runs import write_tokenizer
+from tests.tokenizer_files import PLAIN, write_byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,9 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A folder with a byte tokenizer, a chat template, and the shape of a tiny model (random weights)."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    write_tokenizer(folder)
+    folder = write_byte_tokenizer(tmp_path / "tiny", PLAIN, bos_token={"content": "<s>"})
     ModelConfig(
         num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=260,
         max_position_embeddings=256, tied_embeddings=True, eos_token_ids=(257, 5),

@@ -15,6 +15,13 @@ CHATML = (
 """In the manner of ChatML, with "</s>" as end-of-sequence token."""
 
 
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}answer: {% endif %}"
+)
+"""Needs a ``bos_token``."""
+
+
 def write_byte_tokenizer(folder: Path, template: str | None = CHATML, **settings: Any) -> Path:
     """One token per byte, "<s>" (256) and "</s>" (257)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
