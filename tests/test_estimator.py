@@ -166,7 +166,7 @@ def test_microbatches_hold_the_work_of_the_step(groups: list[RolloutGroup], limi
     packs = pack_and_split(groups, max_tokens_per_pack=limit)
     prefixes = [pack.layout.num_rows for pack in packs if pack.is_prefix]
     assert (len(prefixes), max(prefixes, default=0)) == (
-        load.split_groups if load.split_prefix else 0,
+        load.split_groups,
         load.split_prefix,
     )
     assert load.microbatches <= len(packs)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 
 from megatron_prefix.estimator.loads import RankLoad, Sequences
 from megatron_prefix.estimator.memory import estimate_memory, live_prefixes
-from megatron_prefix.estimator.model import PlannedModel
+from megatron_prefix.estimator.model import Experts, PlannedModel
 from megatron_prefix.estimator.saved_tensors import layer_tensors, row_bytes
 from megatron_prefix.estimator.sizes import RunSettings, Sizes
 from megatron_prefix.loss import LossConfig
-from megatron_prefix.measure import track_memory, track_saved_tensors
+from megatron_prefix.measure import track_memory
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import Pack, pack_groups
 from megatron_prefix.rollouts import RolloutGroup
@@ -120,7 +121,9 @@ def _measure_all(rank: int, world_size: int, cases: list[Case]) -> list[tuple[in
 def _check(case: Case, at_rest: int, peak: int) -> None:
     sizes = Sizes(tp=case.tp)
     estimate = estimate_memory(PlannedModel("t", case.config), sizes, case.load, case.settings, case.recompute)
-    assert estimate.at_rest == pytest.approx(at_rest, rel=0.03), case
+    # megatron-core keeps the buffer into which sequence parallelism gathers rows.
+    gathered = case.load.most_rows * case.config.hidden_size * case.settings.element if case.tp > 1 else 0
+    assert estimate.at_rest + gathered == pytest.approx(at_rest, rel=0.02), case
     assert estimate.total == pytest.approx(peak, rel=WITHIN), case
     # Weights must not hide a wrong count of activations.
     if case.responses != (16, 16):
@@ -140,8 +143,13 @@ def test_memory_under_tensor_and_sequence_parallelism() -> None:
             _check(case, at_rest, peak)
 
 
-def _saved(rank: int, world_size: int, cases: list[Case]) -> list[int]:
-    """Bytes that autograd saves for one more layer: the difference of two depths."""
+def _keep(storages: dict[int, torch.UntypedStorage], tensor: torch.Tensor) -> torch.Tensor:
+    storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+    return tensor.detach()
+
+
+def _saved(rank: int, world_size: int, cases: list[Case], overrides: dict[str, Any]) -> list[int]:
+    """Bytes that autograd saves for one more layer, weights left out: the difference of two depths."""
     from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec
     from megatron_prefix.mcore.log_probs import response_log_probs
     from megatron_prefix.mcore.model import build_model, transformer_config
@@ -152,11 +160,14 @@ def _saved(rank: int, world_size: int, cases: list[Case]) -> list[int]:
         by_depth = []
         for depth in (1, 2):
             config, dtype = replace(case.config, num_layers=depth), DTYPES[case.dtype]
-            spec = prefix_gpt_layer_spec(transformer_config(config, dtype=dtype))
-            model = build_model(config, layer_spec=spec, dtype=dtype, recompute=case.recompute, seed=1)
-            with track_saved_tensors() as saved:
+            spec = prefix_gpt_layer_spec(transformer_config(config, dtype=dtype, overrides=overrides))
+            how: dict[str, Any] = {"dtype": dtype, "recompute": case.recompute, "overrides": overrides}
+            model = build_model(config, layer_spec=spec, seed=1, **how)
+            storages: dict[int, torch.UntypedStorage] = {}
+            with torch.autograd.graph.saved_tensors_hooks(partial(_keep, storages), lambda saved: saved):
                 response_log_probs(model, case.packs[0])
-            by_depth.append(saved.num_bytes - sum(p.numel() * p.element_size() for p in model.parameters()))
+            weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+            by_depth.append(sum(x.nbytes() for address, x in storages.items() if address not in weights))
         found.append(by_depth[1] - by_depth[0])
     return found
 
@@ -168,10 +179,35 @@ def test_the_list_of_saved_tensors_is_exact() -> None:
         Case("fp32", shape={"norm": "layernorm", "activation": "gelu", "position_embedding": "none"}),
         Case("bf16", "full"),
     ]
-    (found,) = run_distributed(_saved, 1, cases)
+    (found,) = run_distributed(_saved, 1, cases, {})
     for case, saved in zip(cases, found, strict=True):
         per_row = row_bytes(PlannedModel("t", case.config), case.settings, 1, case.recompute)
         assert saved == per_row * case.packs[0].layout.num_rows, case
+
+
+def _saved_with_experts(rank: int, world_size: int, cases: list[Case], overrides: dict[str, Any]) -> list[int]:
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 does not define it without Transformer Engine
+        moe_utils.te_general_gemm = None
+    torch.use_deterministic_algorithms(False)  # megatron-core then adds rows up in a way that keeps them
+    return _saved(rank, world_size, cases, overrides)
+
+
+def test_the_list_of_saved_tensors_of_experts() -> None:
+    experts = {
+        "num_moe_experts": 8,
+        "moe_ffn_hidden_size": 96,
+        "moe_router_topk": 2,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+    }
+    cases = [Case(dtype, shape={"ffn_hidden_size": 96}) for dtype in DTYPES]
+    (found,) = run_distributed(_saved_with_experts, 1, cases, experts)
+    for case, saved in zip(cases, found, strict=True):
+        model = PlannedModel("t", case.config, Experts(8, 2))
+        expected = row_bytes(model, case.settings, 1, "none") * case.packs[0].layout.num_rows
+        assert saved == pytest.approx(expected, rel=0.005), case
 
 
 def test_stages_experts_and_shards_divide_memory() -> None:

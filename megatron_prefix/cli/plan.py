@@ -185,7 +185,8 @@ def _title(task: Task) -> str:
     cluster, rows = task.cluster, _rows(task)
     return (
         f"{task.model.name} ({task.model.size.parameters / 1e9:.2f}B) on {cluster.num_gpus:,} x {cluster.device.name}, "
-        f"{len(task.groups):,} groups: {rows[1]:,} rows repeated, {rows[0]:,} grouped ({rows[1] / rows[0]:.2f}x)"
+        f"{len(task.groups):,} groups: {rows[1]:,} rows repeated, {rows[0]:,} grouped ({rows[1] / rows[0]:.2f}x); "
+        f"seconds of a step"
     )
 
 
@@ -199,7 +200,7 @@ def _rows(task: Task) -> tuple[int, int]:
 def _table(choices: Sequence[Choice]) -> tuple[list[str], list[list[str]]]:
     names = [name for name in COLUMNS if any(getattr(choice.sizes, name) > 1 for choice in choices)] or ["tp"]
     recompute = ["recompute"] if any(choice.recompute != "none" for choice in choices) else []
-    columns = ["/".join(names), "rows", *recompute, "GiB", "bubble", "comm s", "repeated s", "grouped s", "speed-up"]
+    columns = ["/".join(names), "rows", *recompute, "GiB", "bubble", "comm", "repeated", "grouped", "ratio"]
     rows = []
     for choice in choices:
         run = choice.grouped

@@ -87,7 +87,7 @@ class RankLoad:
         largest: the micro-batch of the highest cost.
         most_rows: of any micro-batch.
         most_targets: rows with a target, of any micro-batch.
-        split_groups: groups that do not fit a micro-batch.
+        split_groups: groups that do not fit a micro-batch and have a prefix to share.
         split_prefix: rows of the longest prefix of a split group.
         parts: most parts of a split group; 0 without one.
         reread_rows: over all parts, rows of the prefix that they read.
@@ -124,7 +124,7 @@ class RankLoad:
             largest=max(works, key=cost),
             most_rows=max(work.rows for work in works),
             most_targets=max(work.target_rows for work in works),
-            split_groups=len(split),
+            split_groups=sum(each.prefix > 0 for each in split),
             split_prefix=max((each.prefix for each in split), default=0),
             parts=most_parts,
             reread_rows=reread,

@@ -118,10 +118,11 @@ def _mlp_tensors(model: PlannedModel, settings: RunSettings, tp: int) -> list[Sa
     # Rows are divided over tp here as well: experts are not cut.
     chosen = model.experts.experts_per_token
     return [
-        Saved("router: logits and probabilities", 2 * model.experts.num_experts / tp, FP32),
+        Saved("router: logits, and whose rows go where", model.experts.num_experts / tp, e + 1),
+        Saved("router: probabilities and places of the chosen", chosen / tp, 5 * FP32),
         Saved("rows sent to experts", chosen * config.hidden_size / tp, e),
         *_expert_tensors(chosen * config.ffn_hidden_size / tp, e, gated),
-        Saved("output of experts", chosen * config.hidden_size / tp, e),
+        Saved("weighted by the router", chosen * config.ffn_hidden_size / tp, e),
     ]
 
 
