@@ -22,6 +22,7 @@ EXTRAS = {
         "reasoning-gym>=0.1.20",
         "rich>=13.7",
         "safetensors>=0.4.3",
+        "tensorboard>=2.17",
         "tokenizers>=0.20",
         "urllib3>=2.0",
     ],

@@ -175,13 +175,13 @@ def _started(world_size: int, payload: bytes, folder: str) -> Iterator[list[_Ran
             each.process.join(10)
     finally:
         for each in ranks:
-            _kill(each.process)
+            kill(each.process)
         for each in ranks:
             each.process.join(10)
             each.reports.close()
 
 
-def _kill(process: ForkServerProcess) -> None:
+def kill(process: ForkServerProcess) -> None:
     """Kill a rank, where it still runs, and whatever it has started (megatron-core's checkpoint writers)."""
     assert process.pid is not None
     process.kill()
