@@ -195,7 +195,9 @@ def test_a_failed_save_ends_all_ranks_and_leaves_the_last_good_checkpoint(files:
         assert run.exit_code == other.exit_code == 2, fault
         message = one_line(run.stderr).replace(" ", "")
         assert "step_000003couldnotbewritten:" in message, (fault, run.stderr)
-        assert f"{errno.errorcode[fault[2]]}byatest" in message, (fault, run.stderr)
+        # 0.19's writer names the kind of a shard's error only.
+        told = (f"{errno.errorcode[fault[2]]}byatest", *(("OSError",) if fault[1] == ".distcp" else ()))
+        assert any(each in message for each in told), (fault, run.stderr)
         assert "Thecheckpointsbeforeitareastheywere" in message
     assert names(save) == ["step_000002", "step_000003"], "the last run went on from the last good one"
 

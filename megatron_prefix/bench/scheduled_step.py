@@ -102,14 +102,17 @@ class BenchTrainer:
             self.trainer.config.no_sync_func = self._until_last
         self.lap: Callable[[str], None] = lambda _: None
         self.began = False
-        self.found: list[Tensor] = []
+        self.found: dict[int, Tensor] = {}  # by id of the pack: a pipeline has an order of its own
 
     def run(self, inputs: Sequence[StepInput], activations: str, lap: Callable[[str], None]) -> dict[str, Tensor]:
         """See `ScheduledStep.run`."""
         self.trainer.settings = replace(self.trainer.settings, prefix_activations=activations)
-        self.lap, self.began, self.found = lap, False, []
+        self.lap, self.began, self.found = lap, False, {}
         _, terms = self.trainer.gradients_and_terms(inputs)
-        return {"loss_terms": terms} | ({"log_probs": torch.cat(self.found)} if self.found else {})
+        if not self.found:
+            return {"loss_terms": terms}
+        in_order = [self.found[id(each.pack)] for each in inputs if id(each.pack) in self.found]
+        return {"loss_terms": terms, "log_probs": torch.cat(in_order)}
 
     def _log_probs(self, model: torch.nn.Module, pack: Pack) -> Tensor:
         if not self.began:
@@ -118,7 +121,7 @@ class BenchTrainer:
         log_probs = response_log_probs(model, pack)
         assert isinstance(log_probs, Tensor)
         if unwrap(model).post_process:
-            self.found.append(log_probs.detach())
+            self.found[id(pack)] = log_probs.detach()
         return log_probs
 
     @contextmanager

@@ -223,7 +223,7 @@ def train_command(
     result: dict[str, Any] = {"steps": steps, "resumed_from": first}
     with (
         progress_bar("train", max(steps - first, 0), unit="tokens") as advance,
-        MetricsLog(writers, meter, first if start else None) as log,
+        MetricsLog(writers, meter, first if saving.resume else None) as log,
         stop,
         closing(source),
     ):
