@@ -125,8 +125,11 @@ class Cut:
 
 
 def _shared_nodes(tree: RolloutTree) -> list[int]:
-    """The prefix to split a tree at that fits: the roots, and what follows them up to the first fork or response."""
+    """The prefix to split a tree at that fits: the root, and what follows it up to the first fork or response. Several
+    roots share nothing, and are parted without a prefix."""
     prefix = [i for i, node in enumerate(tree.nodes) if node.parent < 0]
+    if len(prefix) > 1:
+        return []
     inner = {node.parent for node in tree.nodes}
     while len(below := subtrees_below(tree, prefix)) == 1:
         (first, *_) = below[0]

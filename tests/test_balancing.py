@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megatron_prefix.mcore.training import PolicyTrainer, StepInput
 from megatron_prefix.packing import Pack
 from megatron_prefix.pipeline_order import in_turns, order_jobs
 from megatron_prefix.pipeline_plan import pipeline_jobs, plan_pipeline
+from megatron_prefix.sharing import decline_unprofitable
 from megatron_prefix.spreading import best_fit, least_makespan, spread
 from megatron_prefix.workload import Workload
 from tests import pipeline_cases as pc
@@ -203,6 +205,17 @@ def test_ranks_with_fewer_groups_cut_them_into_as_many_micro_batches() -> None:
     assert plan.num_microbatches == 5
     splits = {split.group: split for rank in plan.ranks for split in rank.splits}
     assert len(splits[0].parts) == len(splits[1].parts) == 4  # and the prefix
+
+
+def test_rollouts_that_share_nothing_are_parted_without_a_prefix() -> None:
+    declined = decline_unprofitable(RolloutGroup([1, 2, 3], [[4] * 5] * 4, [0.0] * 4), replace(COST, level=1e6)).tree
+    many = RolloutGroup([1] * 9, [[2] * 6] * 4, [0.0] * 4)
+    plan = StepPlanner(COST, dp_size=2, max_tokens_per_pack=14).plan([declined, many])
+    assert plan.num_splits > 0
+    mine = next(rank for rank in plan.ranks if rank.groups == (0,))
+    packs = plan.packs([declined, many], plan.ranks.index(mine))
+    assert plan.num_microbatches == len(packs) > 1 and all(pack.prefix is None for pack in packs)
+    assert sum(pack.layout.num_rows for pack in packs) == 4 * (3 - 1 + 5)
 
 
 def test_a_rank_that_cannot_be_cut_so_far_is_refused() -> None:
