@@ -98,7 +98,7 @@ def _draw_memory(axes: Axes, task: Task, choices: Sequence[Choice]) -> None:
             axes.barh(range(len(choices)), width, 0.6, left=left, color=colour, label=name.replace("_", " "))
         left += width
     for place, total in enumerate(left):
-        axes.text(total, place, f"{total:.1f} ", va="center", ha="right", fontsize=8, color="#20242c")
+        axes.text(total, place, f" {total:.1f}", va="center", fontsize=8, color="#20242c")
     usable, whole = task.cluster.usable_memory / GIB, task.cluster.device.memory_bytes / GIB
     axes.axvspan(usable, whole, color="#f4cccc", alpha=0.6, lw=0)
     axes.axvline(usable, color="#c0504d", lw=1)
