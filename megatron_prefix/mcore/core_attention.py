@@ -93,7 +93,7 @@ class PrefixCoreAttention(MegatronModule):
             # Part of the graph all the same: under recompute, queries without a gradient would leave the parameters of
             # their norm without one, and an overlapped reduction refuses that.
             out = out + query[:0].sum()
-        elif packed.num_padded_rows > rows:  # pad would copy, and the copy be kept for backward, without any padding too
+        elif packed.num_padded_rows > rows:  # for none it would copy all the same
             out = pad(out, (0, 0, 0, 0, 0, packed.num_padded_rows - rows))
         return out.reshape(out.shape[0], 1, out.shape[1] * out.shape[2])
 
