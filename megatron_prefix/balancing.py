@@ -118,7 +118,7 @@ class Cut:
         prefix = Workload.of_lengths(len(group.prompt) - 1, [])
         return cls([0], prefix, [[i + 1] for i in range(len(works))], works)
 
-    @property
+    @cached_property
     def has_rows(self) -> bool:
         """Whether the prefix takes a micro-batch of its own."""
         return self.prefix_work.rows > 0
@@ -234,26 +234,27 @@ class StepPlanner:
     def _lower_bound(self, loads: Sequence[GroupLoad], count: int) -> float:
         limit = self.max_tokens_per_pack
         packs = [1 if limit is None else -(-load.work.rows // limit) for load in loads]
-        alone = [self._without_levels(load.work) for load in loads]
+        alone = [self.without_levels(load.work) for load in loads]
         together = 1 if limit is None else -(-sum(load.work.rows for load in loads) // (limit * self.dp_size))
         single = max(cost + n * self.cost.microbatch for cost, n in zip(alone, packs, strict=True))
         seconds = max(least_makespan(alone, self.dp_size) + together * self.cost.microbatch, single)
         return seconds / self.pipeline.stages / (1 - self._even_bubble(count))
 
-    def _without_levels(self, work: Workload) -> float:
+    def without_levels(self, work: Workload) -> float:
+        """Modelled seconds of some rows of a micro-batch, beside its varlen calls."""
         return self.cost.cost(work) - self.cost.level * work.levels
 
     def _cost_of(self, load: GroupLoad) -> float:
         """What the group adds to a rank; groups in one micro-batch share the calls of a level."""
         if load.fits:
-            return self._without_levels(load.work)
-        work = self.cost.cost(load.cut.prefix_work) + sum(map(self._without_levels, load.cut.works))
+            return self.without_levels(load.work)
+        work = self.cost.cost(load.cut.prefix_work) + sum(map(self.without_levels, load.cut.works))
         return work + (load.least_parts + load.cut.has_rows) * self.cost.microbatch
 
     def pack_cost(self, works: Sequence[Workload]) -> float:
         """Modelled seconds of a micro-batch of all these."""
         levels = max(work.levels for work in works)
-        return sum(map(self._without_levels, works)) + levels * self.cost.level + self.cost.microbatch
+        return sum(map(self.without_levels, works)) + levels * self.cost.level + self.cost.microbatch
 
 
 def _refuse(ranks: Sequence[_Rank], fewest: int) -> None:
@@ -325,7 +326,10 @@ class _Rank:
         """Group ``n`` in ``count`` parts, and the cost of each of its micro-batches."""
         cut, cost = self.loads[n].cut, self.planner.pack_cost
         rows = [work.rows for work in cut.works]
-        sets = spread([cost([work]) for work in cut.works], count, rows=rows, limit=self.limit, enough=_ENOUGH)
+        costs = [self.planner.without_levels(work) for work in cut.works]
+        # Without stages only the sum of the parts counts.
+        enough = _ENOUGH if self.planner.pipeline.stages > 1 else math.inf
+        sets = spread(costs, count, rows=rows, limit=self.limit, enough=enough)
         parts = sorted(((cost([cut.works[i] for i in each]), each) for each in sets), key=lambda part: -part[0])
         nodes = tuple(tuple(sorted(node for i in each for node in cut.subtrees[i])) for _, each in parts)
         costs = [cost([cut.prefix_work])] * cut.has_rows + [each for each, _ in parts]
