@@ -78,7 +78,7 @@ CASES: dict[str, Case] = {
         r"--model is missing: a checkpoint folder \(from `import` or `train`\) or a model.json",
     ),
     "missing model": (lambda f: f.train(model=f.path / "none"), r"Path '\S+none' does not exist"),
-    "missing rollouts": (lambda f: f.train(rollouts=f.path / "none"), r"File '\S+none' does not exist"),
+    "missing rollouts": (lambda f: f.train(rollouts=f.path / "none"), r"none: cannot read rollouts: No such file or directory"),
     "no checkpoint folder": (lambda f: f.train(model=f.path), "has no state.json: it is damaged or none, make"),
     "tolerance": (lambda f: ("verify", "--tiny", "--tolerance", "0"), "--tolerance must be above 0, got 0.0"),
     "tolerance NaN": (lambda f: ("verify", "--tiny", "--tolerance", "nan"), "--tolerance must be above 0, got nan"),
@@ -103,7 +103,7 @@ CASES: dict[str, Case] = {
     "no responses": (lambda f: f.train(rollouts=f.group(responses=[])), r"jsonl:2: group 'g' has no responses; drop"),
     "token outside": (
         lambda f: f.train(rollouts=f.group(prompt=[1, 64])),
-        r"group 1 \('g'\), prompt, position 1: token id 64 is outside the vocabulary of 64 tokens; tokenize with",
+        r"bad3\.jsonl:2: prompt, position 1: token id 64 is outside the vocabulary of 64 tokens; tokenize with",
     ),
     "negative token": (
         lambda f: f.train(rollouts=f.group(prompt=[1, -2])),
