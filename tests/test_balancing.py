@@ -27,6 +27,8 @@ from tests.mcore_helpers import start
 from tests.pipeline_cases import Case
 from tests.strategies import batches
 
+pytestmark = pytest.mark.ci_oldest
+
 COST = CostModel(row=1.0, target_row=0.3, pair=0.02, merged_row=0.05, level=0.4, microbatch=0.7)
 
 

@@ -21,6 +21,8 @@ from megatron_prefix.checkpoint_folder import (
     sums_of,
 )
 
+pytestmark = pytest.mark.ci_oldest
+
 CONTENTS = {"model.json": b"{}\n", "weights/__0_0.distcp": bytes(range(256)) * 40, "weights/.metadata": b"meta"}
 
 

@@ -23,6 +23,8 @@ from tests.cli_runs import MODEL, groups, one_line, run_cli, run_one, write_grou
 from tests.test_fuzz_formats import BATCH, LINES, damaged
 from tests.tokenizer_files import write_byte_tokenizer
 
+pytestmark = pytest.mark.ci_newest
+
 GROUPS = [
     RolloutGroup([1, 2, 3, 4, 5], [[6, 7], [8, 9, 10], [6, 7]], [1, 0, 1], "a", None, [[1, 1], [1, 0, 1], None]),
     RolloutGroup([1, 2, 3], [[4], [5]], [0.5, 0.5], "b"),

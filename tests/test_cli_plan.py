@@ -12,6 +12,8 @@ from megatron_prefix.cli.main import main
 from megatron_prefix.cli.train import train_command
 from megatron_prefix.rollouts import RolloutGroup, write_rollouts
 
+pytestmark = pytest.mark.ci_newest
+
 SMALL = ["--groups-per-step", "16", "--group-size", "4", "--prompt-len", "3000", "--response-len", "uniform:200:900"]
 
 

@@ -19,6 +19,8 @@ from megatron_prefix.context_parallel.placement import PLACEMENTS
 from megatron_prefix.context_parallel.plan import CpPlan
 from megatron_prefix.context_parallel.traffic import AttentionShape, plan_with_traffic, untrimmed_traffic
 
+pytestmark = pytest.mark.ci_oldest
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--prefix-len", "40", "--response-len", "9", "--group-size", "5", "--cp", "4"]
 TINY_LAYOUT = PrefixLayout([40, 9, 9, 9, 9, 9], [-1, 0, 0, 0, 0, 0])

@@ -207,6 +207,20 @@ def test_saved_at_tp_2_and_resumed_at_tp_1(files: Path, one_process: Any, two_pr
         assert (before[name] - value).abs().max() > 1e-3, name
 
 
+def test_saved_on_two_data_parallel_ranks_and_resumed_on_one(files: Path, two_processes: Any, tmp_path: Path) -> None:
+    """In the middle of an epoch: the steps that are left have the same groups."""
+    save, metrics = tmp_path / "dp", tmp_path / "metrics.jsonl"
+    shutil.copytree(files / "two" / "dp-halves" / "step_000002", save / "step_000002")
+    more = ("--save", save, "--resume", "--distributed-optimizer", "--metrics", metrics)
+    succeed(run_cli(train(files, "--steps", "4", *more)))
+    for name, value in weights(files / "two" / "dp-whole" / "step_000004").items():
+        torch.testing.assert_close(weights(save / "step_000004")[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    whole = lines(files / "two" / "dp-whole.jsonl")[2:]
+    assert [(line["step"], line["reward"]) for line in lines(metrics)] == [
+        (line["step"], pytest.approx(line["reward"])) for line in whole
+    ]
+
+
 def old_checkpoint(save: Path) -> Path:
     """A folder with a copy of the checkpoint in ``save`` that does not say which model it began with."""
     copy = save.parent / "old" / "step_000002"

@@ -25,6 +25,8 @@ from megatron_prefix.context_parallel.traffic import (
 )
 from tests.strategies import forests
 
+pytestmark = pytest.mark.ci_oldest
+
 WORLD_SIZES = range(1, 7)
 placements = st.sampled_from(PLACEMENTS)
 world_sizes = st.sampled_from(WORLD_SIZES)

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from tests import distributed
 from tests.distributed import MEETINGS, DidNotMeetError, run_distributed
 
+pytestmark = pytest.mark.ci_oldest
+
 
 def _sum_over_ranks(rank: int, world_size: int, offset: int) -> tuple[int, torch.Tensor, int]:
     value = torch.tensor([rank + offset])

@@ -30,6 +30,8 @@ from megatron_prefix.rollout_group import RolloutGroup, TokenCount
 from megatron_prefix.splitting import pack_and_split
 from megatron_prefix.workload import Workload
 
+pytestmark = pytest.mark.ci_newest
+
 H100 = Cluster(DEVICES["H100"], 64)
 SMALL = ModelConfig(
     num_layers=8, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4, vocab_size=128,

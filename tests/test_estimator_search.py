@@ -16,6 +16,8 @@ from megatron_prefix.mcore.parallel import ParallelSizes
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.rollout_group import RolloutGroup
 
+pytestmark = pytest.mark.ci_newest
+
 H100 = DEVICES["H100"]
 
 

@@ -20,6 +20,8 @@ transformers = pytest.importorskip("transformers", reason="the oracle of these t
 
 from safetensors.torch import load_file  # noqa: E402
 
+pytestmark = pytest.mark.ci_oldest
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"num_query_groups": 2, "rope_scaling": {"factor": 8.0}},
     "qwen2": {"qkv_bias": True, "tied_embeddings": True, "num_query_groups": 2, "eos_token_ids": (2, 5)},

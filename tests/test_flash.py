@@ -27,6 +27,8 @@ from tests import flash_stand_ins as stand_ins
 from tests.attention_oracle import DEEP, FLAT, TWO_GROUPS, assert_matches, inputs, run
 from tests.strategies import forests, parts
 
+pytestmark = pytest.mark.ci_oldest
+
 Pair = tuple[int, int]
 CPU, META, GPU = (torch.device(name) for name in ("cpu", "meta", "cuda"))
 

@@ -21,6 +21,8 @@ from megatron_prefix.trajectory import Trajectory
 from tests.format_files import same, trajectories, write
 from tests.tokenizer_files import write_byte_tokenizer
 
+pytestmark = pytest.mark.ci_newest
+
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> ChatTokenizer:

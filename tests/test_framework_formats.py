@@ -20,6 +20,8 @@ from megatron_prefix.trajectory import Trajectory
 from tests.format_files import same, trajectories, write
 from tests.tokenizer_files import CHATML, write_byte_tokenizer, write_smollm2_tokenizer
 
+pytestmark = pytest.mark.ci_newest
+
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> ChatTokenizer:

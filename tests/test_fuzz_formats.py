@@ -25,6 +25,8 @@ from tests import plain_formats as plain
 from tests.plain_formats import Plain, Record
 from tests.tokenizer_files import write_byte_tokenizer
 
+pytestmark = pytest.mark.ci_newest
+
 Rule = Callable[[dict[str, Any], int], Record]
 Groups = dict[str | None, Counter[Plain]]
 

@@ -26,6 +26,8 @@ from megatron_prefix.gpu_check.environment import check_can_run
 from megatron_prefix.gpu_check.program import PlainOutput, Settings, run_all
 from megatron_prefix.gpu_check.report import DeviceLostError, Record, Report
 
+pytestmark = pytest.mark.ci_oldest
+
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 NOT_THERE = ("click", "rich", "matplotlib", "megatron", "numpy", "psutil", "transformer_engine", "flash_attn")

@@ -131,7 +131,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sizes"), [("dp", ("--dp", "2", "--distributed-optimizer")), ("tp", ("--tp", "2"))])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        pytest.param("dp", ("--dp", "2", "--distributed-optimizer"), marks=pytest.mark.ci_oldest),
+        pytest.param("tp", ("--tp", "2"), marks=pytest.mark.ci_newest),
+    ],
+)
 def test_killed_runs_end_as_an_unbroken_one(files: Path, name: str, sizes: tuple[str, ...]) -> None:
     common = ("train", "--model", files / "model.json", "--rollouts", files / "rollouts.jsonl", "--lr", "1e-2", *sizes)
     save, metrics = files / name, files / name / "metrics.jsonl"

@@ -20,6 +20,8 @@ from megatron_prefix.measure import (
     track_saved_tensors,
 )
 
+pytestmark = pytest.mark.ci_oldest
+
 KIB = 1024  # bytes of 256 fp32 numbers
 
 

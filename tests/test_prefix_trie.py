@@ -27,6 +27,8 @@ from tests.trajectory_cases import (
     trajectory_batches,
 )
 
+pytestmark = pytest.mark.ci_newest
+
 CONFIGS = [
     LossConfig(),
     LossConfig(aggregation="sequence", importance_cap=1.3),

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from megatron_prefix.rollouts import RolloutGroup, check_vocabulary, read_rollouts, write_rollouts
 
+pytestmark = pytest.mark.ci_newest
+
 FULL = {
     "group_id": "g",
     "prompt": [1, 2],

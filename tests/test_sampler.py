@@ -13,6 +13,8 @@ from megatron_prefix.balancing import StepPlanner
 from megatron_prefix.cost_model import CostModel
 from megatron_prefix.sampler import PrefixGroupSampler
 
+pytestmark = pytest.mark.ci_oldest
+
 PLANNER = StepPlanner(CostModel(row=1.0, pair=0.01))
 
 

@@ -16,6 +16,8 @@ from megatron_prefix.generation.server import InferenceServer, ServerError, Serv
 from tests.distributed import run_distributed
 from tests.server_process import ServerProcess, serving
 
+pytestmark = pytest.mark.ci_oldest
+
 pytest.importorskip("urllib3", reason="needs the cli extra")
 transformers = pytest.importorskip("transformers", reason="the model of the server")
 

@@ -18,6 +18,8 @@ from tests.test_prefix_trie import CONFIGS, assert_same_weights, packed_weights
 from tests.test_splitting import pairs_of
 from tests.trajectory_cases import naive_rollouts, naive_weights, trajectory_batches
 
+pytestmark = pytest.mark.ci_oldest
+
 COSTS = st.builds(
     CostModel,
     row=st.floats(0.01, 5),

@@ -10,6 +10,8 @@ from megatron_prefix import RolloutGroup, RolloutTree, TreeNode
 from megatron_prefix.packing import Pack, pack_groups, repeated_packs
 from megatron_prefix.splitting import Split, pack_and_split, pair_order, plan_splits
 
+pytestmark = pytest.mark.ci_oldest
+
 PROMPT, RESPONSE, SIZE = 16385, 1024, 16  # P = 16384 rows, R = 1024, G = 16
 
 

@@ -7,6 +7,8 @@ from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.model_flops import ModelSize
 from megatron_prefix.step_metrics import StepMeter
 
+pytestmark = pytest.mark.ci_oldest
+
 GROUPS = [
     RolloutGroup([1, 2, 3, 4, 5], [[1], [2, 3], [4, 5, 6]], [1.0, 0.0, 2.0]),
     RolloutGroup([1, 2], [[7, 8], [9]], [0.5, 0.5]),

@@ -12,6 +12,8 @@ from megatron_prefix.balancing import StepPlanner
 from megatron_prefix.cost_model import CostModel
 from megatron_prefix.streaming import RolloutStream, StreamedStep, follow_rollouts
 
+pytestmark = pytest.mark.ci_oldest
+
 PLANNER = StepPlanner(CostModel(row=1.0), 2)
 
 

@@ -29,6 +29,8 @@ from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.rollouts import read_rollouts
 from tests.tokenizer_files import PLAIN, write_byte_tokenizer
 
+pytestmark = pytest.mark.ci_newest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -41,6 +41,8 @@ from tests.strategies import forests, rollout_groups, rollout_trees
 from tests.te_on_cpu import DENSE, PACKED, VERSIONS, TeOnCpu
 from tests.test_cp_attention import CPU, LAYOUTS, on_this_rank, two_levels, ways
 
+pytestmark = pytest.mark.ci_oldest
+
 OLDEST, NEWEST = VERSIONS[0], VERSIONS[-1]
 TIMEOUT_S = 240
 RAGGED = PrefixLayout([9, 4, 1, 6, 0, 2, 7, 3, 2], [-1, 0, 0, 2, -1, 4, 4, 6, -1])

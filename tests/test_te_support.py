@@ -17,6 +17,8 @@ from megatron_prefix.layout import PrefixLayout
 from tests.downloads import downloaded
 from tests.te_on_cpu import VERSIONS, CompiledFunctions, importable, te_module, te_version
 
+pytestmark = pytest.mark.ci_oldest
+
 BF16, FP16 = torch.bfloat16, torch.float16
 H100, B200, B300, RTX = (9, 0), (10, 0), (10, 3), (12, 0)
 
