@@ -163,7 +163,7 @@ def test_half_a_line_waits_and_closing_ends_the_wait(tmp_path: Path) -> None:
         (line(0) + line(1)[:20], r"rollouts.jsonl:2: not JSON.*cut short"),
         (
             b'{"group_id": "a", "prompt": [1], "response": [2], "reward": 1}\n',
-            "rollouts.jsonl:1: a sample line, but more",
+            "rollouts.jsonl:1: no group line, and more",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch.distributed import TCPStore
 
 from megatron_prefix import LossConfig, Pack, RolloutGroup, RolloutTree, TokenCount, TreeNode, pack_groups
-from megatron_prefix.cli import train
+from megatron_prefix.cli import stored_data
 from megatron_prefix.mcore.log_probs import response_log_probs
 from megatron_prefix.mcore.tokens import groups_on_this_rank
 from megatron_prefix.mcore.training import PolicyTrainer
@@ -103,13 +103,13 @@ def kept_by_train(rank: int, world_size: int, invocations: list[tuple[list[str],
     """Of every run of `train`, which groups this rank keeps without token ids."""
     kept: list[list[bool]] = []
 
-    class Spy(train.StoredRollouts):
-        def __init__(self, trainer: Any, groups: Any, *rest: Any, **settings: Any) -> None:
-            kept.append([isinstance(group.prompt, TokenCount) for group in groups])
-            super().__init__(trainer, groups, *rest, **settings)
+    class Spy(stored_data.StoredRollouts):
+        def __init__(self, trainer: Any, sampler: Any, **settings: Any) -> None:
+            kept.append([isinstance(group.prompt, TokenCount) for group in sampler.groups])
+            super().__init__(trainer, sampler, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "StoredRollouts", Spy)
+        patch.setattr(stored_data, "StoredRollouts", Spy)
         for run in invoke_all(rank, world_size, invocations):
             assert run.exit_code == 0, run.crash + run.stderr
     return kept

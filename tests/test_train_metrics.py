@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from megatron_prefix import LossConfig, RolloutGroup
+from megatron_prefix.balancing import StepPlanner
 from megatron_prefix.cli.metrics import JsonLines, MetricsFlags
+from megatron_prefix.cost_model import CostModel
+from megatron_prefix.sampler import PrefixGroupSampler
 from tests.cli_runs import Run, run_cli, write_groups, write_model
 from tests.distributed import run_distributed
 from tests.mcore_helpers import start, tiny_config
@@ -158,8 +161,9 @@ def resident_bytes(rank: int, world_size: int) -> list[int]:
     groups = [RolloutGroup(ids(5 + i), [ids(3), ids(1 + i)], [0.0, 1.0], f"{i}") for i in range(8)]
     model = build_model(config, seed=1, layer_spec=prefix_gpt_layer_spec(transformer_config(config)))
     trainer = PolicyTrainer(model, TrainSettings(learning_rate=1e-4), LossConfig(kl_coef=0.1))
-    source = StoredRollouts(trainer, groups, 2, seed=0, max_tokens=16, with_reference=True)
-    source.measure_old_log_probs(range(8))
+    sampler = PrefixGroupSampler(groups, StepPlanner(CostModel(row=1.0), 1, 16), groups_per_step=2)
+    source = StoredRollouts(trainer, sampler, with_reference=True)
+    source.measure_old_log_probs(8)
     process, found = psutil.Process(), []
 
     def on_step(step: int, batch: StepBatch, metrics: dict[str, Any]) -> None:
