@@ -8,6 +8,8 @@ import pytest
 
 from megatron_prefix.apex import find_apex
 
+pytestmark = pytest.mark.ci_oldest
+
 ROOT = Path(__file__).resolve().parents[1]
 FUSED_ADAM = "import torch\nclass FusedAdam(torch.optim.AdamW): pass\nclass FusedSGD(torch.optim.SGD): pass\n"
 NVIDIA = {

@@ -370,6 +370,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return file, out
 
 
+@pytest.mark.ci_oldest
 def test_smollm2_gives_the_logits_of_transformers(smollm2: tuple[Path, Path]) -> None:
     file, out = smollm2
     from tokenizers import Tokenizer

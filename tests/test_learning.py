@@ -14,6 +14,8 @@ from megatron_prefix.mcore.parallel import ParallelSizes, initialize
 from megatron_prefix.mcore.training import TrainSettings
 from tests.distributed import run_distributed
 
+pytestmark = pytest.mark.ci_newest
+
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "learning_curve.py"
 SEED = 0
 
