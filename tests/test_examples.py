@@ -1,6 +1,7 @@
 """Examples run, scripts parse, and the commands that the README shows exist with the options that it gives them."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ def example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -46,6 +48,21 @@ def test_the_mask_is_the_one_that_attention_computes() -> None:
             expected[query, start : query + 1] = own
     expected[2:, :2] = ancestor
     np.testing.assert_array_equal(calls, expected)
+
+
+@pytest.mark.ci_newest
+def test_packing_is_within_three_percent_of_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's table, with fewer groups: each kind of rollouts, budgets that split groups and that do not."""
+    picture, table = tmp_path / "quality.png", tmp_path / "quality.json"
+    words = ["packing_quality.py", "--groups", "64", "--large", "64", "--out", str(picture), "--json", str(table)]
+    monkeypatch.setattr(sys, "argv", words)
+    example("packing_quality").main()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    steps = [each for each in json.loads(table.read_text())["steps"] if (each["dp"], each["pp"]) in ((1, 1), (8, 1))]
+    assert {each["kind"] for each in steps} == {"math", "documents", "agents"} and len(steps) == 12
+    assert any(each["split"] for each in steps) and not all(each["split"] for each in steps)
+    for each in steps:
+        assert 0.97 <= each["share"] <= 1 + 1e-9 and each["balance"] <= 1.03, each
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=[str(path.relative_to(ROOT)) for path in SCRIPTS])
