@@ -7,7 +7,7 @@ measurements on it (`mcore.calibration`).
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from megatron_prefix.hardware import Device
@@ -83,6 +83,18 @@ class CostModel:
             level=LAUNCH_SECONDS * config.num_layers,
             microbatch=LAUNCH_SECONDS * config.num_layers,
         )
+
+    def with_communication(self, config: ModelConfig, device: Device, *, tp: int, cp: int) -> CostModel:
+        """With the seconds that a row's hidden states and keys travel between tensor- and context-parallel ranks.
+
+        Under sequence parallelism each layer gathers and scatters hidden states twice forward, and backward twice each
+        with two gathers more (arXiv 2205.05198, 4.2). Context parallelism sends keys and values, sends them again in
+        backward, and their gradients. In bf16, nothing overlapped; what a placement of rows saves is left out.
+        """
+        element = 2
+        tensor = 10 * config.hidden_size * (tp - 1) / tp / cp
+        context = 3 * 2 * config.groups * config.channels * (cp - 1) / cp / tp
+        return replace(self, row=self.row + config.num_layers * element * (tensor + context) / device.link_bandwidth)
 
     def cost(self, work: Workload) -> float:
         """Modelled time of a micro-batch, or of a group in it, without `microbatch`."""

@@ -1,6 +1,7 @@
 """`megatron-prefix train`: resuming, packs, losses, the comparison, and what it prints and writes."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from megatron_prefix.mcore.checkpoint import load_config, load_state
 from megatron_prefix.packing import pack_groups
 from megatron_prefix.rollouts import read_rollouts
 from megatron_prefix.splitting import plan_splits
-from tests.cli_runs import Arguments, Run, one_line, run_cli, write_groups, write_model
+from tests.cli_runs import MODEL, Arguments, Run, one_line, run_cli, write_groups, write_model
 
 SPLIT = ("--max-tokens-per-microbatch", "12")  # as many rows as the longest prefix has, so that most groups are split
 COMMON = ("--groups-per-step", "2", "--lr", "1e-2", "--seed", "3")
@@ -104,6 +105,7 @@ def one_process(files: Path) -> dict[str, Run]:
     variants: dict[str, tuple[str, ...]] = {
         "base": (),
         "packs": ("--max-tokens-per-microbatch", "25"),
+        "log entropy": ("--log-entropy",),
         "split": SPLIT,
         "split, kl": (
             *SPLIT,
@@ -372,6 +374,13 @@ def test_every_setting_reaches_the_training(files: Path, one_process: dict[str, 
     assert found[-1]["loss"] != pytest.approx(base[-1]["loss"], rel=1e-5)
     extra = {"kl": "kl", "entropy": "entropy", "importance": "importance_capped"}.get(name)
     assert extra is None or (extra in found[0] and extra not in base[0])
+
+
+def test_entropy_is_measured_on_request(files: Path, one_process: dict[str, Run]) -> None:
+    """And trains nothing."""
+    found = metrics_of(files, "log entropy")
+    assert all(0 < line.pop("entropy") < math.log(MODEL["vocab_size"]) for line in found)
+    assert_close(metrics_of(files, "base"), found)
 
 
 def test_kl_is_to_the_policy_at_the_start(files: Path, one_process: dict[str, Run]) -> None:

@@ -104,6 +104,16 @@ def test_a_long_prefix_pays_and_a_short_one_does_not() -> None:
     assert CostModel.of_model(SHAPE).saving(alone) == 0
 
 
+def test_rows_that_travel_cost_more() -> None:
+    device = DEVICES["H100"]
+    cost = CostModel.of_device(SHAPE, device, model_ranks=4)
+    assert cost.with_communication(SHAPE, device, tp=1, cp=1) == cost
+    # Two layers: ten times half of 64 channels in bf16; thrice half of the keys and values of 4 heads of 16 channels.
+    for sizes, num_bytes in (({"tp": 2, "cp": 1}, 2 * 10 * 32 * 2), ({"tp": 1, "cp": 2}, 2 * 3 * 64 * 2)):
+        more = cost.with_communication(SHAPE, device, **sizes).row - cost.row
+        assert more == pytest.approx(num_bytes / device.link_bandwidth)
+
+
 def test_a_cost_model_is_written_and_read(tmp_path: Path) -> None:
     cost = CostModel.of_device(SHAPE, DEVICES["B200"], model_ranks=4)
     cost.to_json(tmp_path / "cost.json")

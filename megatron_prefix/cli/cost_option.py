@@ -18,13 +18,13 @@ cost_model_option = click.option(
 )
 
 
-def find_cost_model(path: Path | None, config: ModelConfig, model_ranks: int) -> tuple[CostModel, str]:
+def find_cost_model(path: Path | None, config: ModelConfig, *, tp: int, cp: int) -> tuple[CostModel, str]:
     """The cost model, and where it comes from.
 
     Args:
         path: --cost-model.
         config: of the model.
-        model_ranks: tensor times context parallel ranks.
+        tp, cp: tensor and context parallel sizes.
 
     Raises:
         ValueError: the file is no cost model.
@@ -38,5 +38,6 @@ def find_cost_model(path: Path | None, config: ModelConfig, model_ranks: int) ->
         except ValueError:
             known = ", ".join(DEVICES)
             return CostModel.of_model(config), f"FLOPs ({name} is none of {known}: `bench calibrate` measures it)"
-        return CostModel.of_device(config, device, model_ranks=model_ranks), f"{device.name}'s data sheet"
+        cost = CostModel.of_device(config, device, model_ranks=tp * cp)
+        return cost.with_communication(config, device, tp=tp, cp=cp), f"{device.name}'s data sheet"
     return CostModel.of_model(config), "FLOPs"

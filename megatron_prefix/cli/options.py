@@ -273,6 +273,7 @@ def train_options(command: Command) -> Command:
         click.option("--distributed-optimizer", is_flag=True, help="Shard optimizer state over --dp."),
         click.option("--overlap-grad-reduce", is_flag=True, help="Reduce gradients while backward runs."),
         click.option("--temperature", type=float, default=1.0, help="Logits are divided by it, as in sampling."),
+        click.option("--log-entropy", is_flag=True, help="Measure the entropy also without --entropy-coef."),
         click.option("--chunk-rows", type=int, default=4096, help="Most rows whose logits exist at once."),
         cp_placement_option,
         prefix_activations_option,

@@ -176,7 +176,7 @@ def train_command(
             keep_ids=compare > 0,  # which runs a whole model on every rank
         )
     flags.check_impl(config, parallel.cp, data.may_split)
-    cost, source_of_cost = find_cost_model(cost_model, config, parallel.tp * parallel.cp)
+    cost, source_of_cost = find_cost_model(cost_model, config, tp=parallel.tp, cp=parallel.cp)
     state = {
         "seed": seed,
         "groups_per_step": groups_per_step,

@@ -41,6 +41,7 @@ class TrainSettings:
         overlap_grad_reduce: reduce gradients while backward still runs.
         schedule: how the learning rate changes.
         temperature: of the log-probs, as in sampling.
+        log_entropy: measure the policy's entropy where the loss does not need it, too.
         chunk_rows, cp_placement: see `response_log_probs`.
         prefix_activations, prefix_grad_dtype, max_live_prefixes: of split groups, see `forward_backward_prefix_groups`.
     """
@@ -53,6 +54,7 @@ class TrainSettings:
     overlap_grad_reduce: bool = False
     schedule: LrSchedule = field(default_factory=LrSchedule)
     temperature: float = 1.0
+    log_entropy: bool = False
     chunk_rows: int = 4096
     cp_placement: str = "auto"
     prefix_activations: str = "keep"
@@ -259,7 +261,7 @@ class PolicyTrainer:
 
     def _forward_step(self, totals: BatchTotals, iterator: Iterator[StepInput], model: Any) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        with_entropy = self.loss.entropy_coef > 0
+        with_entropy = self.loss.entropy_coef > 0 or self.settings.log_entropy
         output = self.log_probs_fn(model, batch.pack, **({"with_entropy": True} if with_entropy else {}))
         # Stages before the last return their hidden states alone.
         log_probs, entropy = output if isinstance(output, tuple) else (output, None)
