@@ -14,7 +14,7 @@ from megatron_prefix.balancing import StepPlanner
 from megatron_prefix.collectives import all_gather_object, any_rank, on_all_ranks
 from megatron_prefix.mcore.training import PolicyTrainer, StepInput
 from megatron_prefix.sampler import PrefixGroupSampler
-from megatron_prefix.streaming import RolloutStream
+from megatron_prefix.streaming import RolloutStream, StreamedStep
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,18 @@ class StreamedRollouts:
         if self._stream is None:
             self._stream = self.open_stream(self.consumed)
         stream = self._stream
-        found = on_all_ranks(stream.next_step, dist.group.WORLD, ValueError)[dist.get_rank()]
-        whole = found is not None and len(found.groups) == stream.groups_per_step
-        if any_rank(self.stopped() or not whole, dist.group.WORLD):
+        found: list[StreamedStep] = []  # kept here: only errors go to the other ranks
+
+        def take() -> None:
+            step = stream.next_step()
+            if step is not None and len(step.groups) == stream.groups_per_step:
+                found.append(step)
+
+        on_all_ranks(take, dist.group.WORLD, ValueError)
+        if any_rank(self.stopped() or not found, dist.group.WORLD):
             return None
-        assert found is not None
-        groups, plan, rank = found.groups, found.plan, self.trainer.dp_group.rank()
+        (step,) = found
+        groups, plan, rank = step.groups, step.plan, self.trainer.dp_group.rank()
         mine = {i: groups[i] for i in plan.ranks[rank].groups}
         old = measured_alone(self.trainer, stream.planner, mine)
         inputs = [
