@@ -11,6 +11,8 @@ from megatron_prefix.version import __version__
 
 if TYPE_CHECKING:
     from megatron_prefix.attention import prefix_grouped_attention
+    from megatron_prefix.balancing import StepPlanner
+    from megatron_prefix.cost_model import CostModel
     from megatron_prefix.layout import PrefixLayout
     from megatron_prefix.loss import BatchTotals, LossConfig, RolloutPairs, grpo_loss
     from megatron_prefix.mcore.layer_specs import prefix_gpt_layer_spec, with_prefix_attention
@@ -23,18 +25,24 @@ if TYPE_CHECKING:
     from megatron_prefix.rollout_group import TokenCount
     from megatron_prefix.rollout_tree import RolloutTree, TreeNode
     from megatron_prefix.rollouts import RolloutGroup, read_rollouts, write_rollouts
+    from megatron_prefix.sampler import PrefixGroupSampler
     from megatron_prefix.splitting import pack_and_split
+    from megatron_prefix.streaming import RolloutStream
     from megatron_prefix.trajectory import Trajectory
 
 _MODULES = {
     "BatchTotals": "loss",
+    "CostModel": "cost_model",
     "LossConfig": "loss",
     "Pack": "packing",
+    "PrefixGroupSampler": "sampler",
     "PrefixLayout": "layout",
     "PrefixPackedSeqParams": "mcore.packed",
     "RolloutGroup": "rollouts",
     "RolloutPairs": "loss",
+    "RolloutStream": "streaming",
     "RolloutTree": "rollout_tree",
+    "StepPlanner": "balancing",
     "TokenCount": "rollout_group",
     "Trajectory": "trajectory",
     "TreeNode": "rollout_tree",
@@ -54,13 +62,17 @@ _MODULES = {
 
 __all__ = [
     "BatchTotals",
+    "CostModel",
     "LossConfig",
     "Pack",
+    "PrefixGroupSampler",
     "PrefixLayout",
     "PrefixPackedSeqParams",
     "RolloutGroup",
     "RolloutPairs",
+    "RolloutStream",
     "RolloutTree",
+    "StepPlanner",
     "TokenCount",
     "Trajectory",
     "TreeNode",
