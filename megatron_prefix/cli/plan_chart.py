@@ -94,7 +94,7 @@ def _draw_memory(axes: Axes, task: Task, choices: Sequence[Choice]) -> None:
     left = np.zeros(len(choices))
     for name, colour in MEMORY_PARTS.items():
         width = np.array([getattr(choice.grouped.memory, name) for choice in choices]) / GIB
-        if width.max() > 0:
+        if np.any(width > 0):
             axes.barh(range(len(choices)), width, 0.6, left=left, color=colour, label=name.replace("_", " "))
         left += width
     for place, total in enumerate(left):
