@@ -22,6 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from heapq import heapify, heappop, heappush
 
 from megatron_prefix.balanced_plan import Group, PipelineShape, RankPlan, SplitGroup, StepPlan, as_tree
 from megatron_prefix.cost_model import CostModel
@@ -324,23 +325,28 @@ class _Rank:
 
     def _split(self, n: int, count: int) -> tuple[SplitGroup, list[float]]:
         """Group ``n`` in ``count`` parts, and the cost of each of its micro-batches."""
-        cut, cost = self.loads[n].cut, self.planner.pack_cost
+        cut, cost = self.loads[n].cut, self.planner.cost
         rows = [work.rows for work in cut.works]
         costs = [self.planner.without_levels(work) for work in cut.works]
+
+        def cost_of(part: list[int]) -> float:
+            levels = max(cut.works[i].levels for i in part)
+            return sum(costs[i] for i in part) + levels * cost.level + cost.microbatch
+
         # Without stages only the sum of the parts counts.
         enough = _ENOUGH if self.planner.pipeline.stages > 1 else math.inf
         sets = spread(costs, count, rows=rows, limit=self.limit, enough=enough)
-        parts = sorted(((cost([cut.works[i] for i in each]), each) for each in sets), key=lambda part: -part[0])
+        parts = sorted(((cost_of(each), each) for each in sets), key=lambda part: -part[0])
         nodes = tuple(tuple(sorted(node for i in each for node in cut.subtrees[i])) for _, each in parts)
-        costs = [cost([cut.prefix_work])] * cut.has_rows + [each for each, _ in parts]
-        return SplitGroup(self.loads[n].index, tuple(cut.prefix), nodes, cut.has_rows), costs
+        found = [self.planner.pack_cost([cut.prefix_work])] * cut.has_rows + [each for each, _ in parts]
+        return SplitGroup(self.loads[n].index, tuple(cut.prefix), nodes, cut.has_rows), found
 
     def _parts(self, count: int) -> dict[int, int]:
         """Which groups are split for ``count`` micro-batches, and into how many parts."""
         parts = self._even_parts(count) if self.planner.pipeline.stages > 1 else dict(self.least_parts)
         # Every whole group in a micro-batch of its own is as far as they go without splitting.
-        while (lacking := count - self._split_packs(parts) - (len(self.loads) - len(parts))) > 0:
-            self._split_further(parts, lacking)
+        lacking = count - self._split_packs(parts) - (len(self.loads) - len(parts))
+        self._split_further(parts, lacking)
         while self._fewest(parts) > count:
             self._split_less(parts)
         return parts
@@ -379,12 +385,23 @@ class _Rank:
         return [self.planner.pack_cost([load.work]) for load in self.loads]
 
     def _split_further(self, parts: dict[int, int], lacking: int) -> None:
-        """One more micro-batch, or two where a group is split that was whole, out of the one with the largest parts."""
-        open_ends = [n for n, load in enumerate(self.loads) if self._packs_of(n, parts) < load.most_packs]
-        assert open_ends, "the planner counted what is there to split"
-        n = max(open_ends, key=lambda n: (self.loads[n].work.rows / self._packs_of(n, parts), -n))
-        cut = self.loads[n].cut
-        parts[n] = parts[n] + 1 if n in parts else min(2 if lacking > 1 or not cut.has_rows else 1, len(cut.subtrees))
+        """So many more micro-batches: again and again one, or two of a group that was whole, out of the group with the
+        largest parts."""
+        if lacking <= 0:
+            return
+        packs = [self._packs_of(n, parts) for n in range(len(self.loads))]
+        largest = [(-load.work.rows / packs[n], n) for n, load in enumerate(self.loads) if packs[n] < load.most_packs]
+        heapify(largest)
+        while lacking > 0:
+            assert largest, "the planner counted what is there to split"
+            _, n = heappop(largest)
+            cut = self.loads[n].cut
+            whole = min(2 if lacking > 1 or not cut.has_rows else 1, len(cut.subtrees))
+            parts[n] = parts[n] + 1 if n in parts else whole
+            before, packs[n] = packs[n], self._packs_of(n, parts)
+            lacking -= packs[n] - before
+            if packs[n] < self.loads[n].most_packs:
+                heappush(largest, (-self.loads[n].work.rows / packs[n], n))
 
     def _split_less(self, parts: dict[int, int]) -> None:
         """One micro-batch less, of the group with the smallest parts; one that fits may be whole again."""

@@ -49,9 +49,10 @@ def spread(
         raise ValueError(f"{len(costs)} cannot be spread over {count} so that each has one")
     values = np.asarray(costs, dtype=float)
     sizes = np.zeros(len(costs), dtype=np.int64) if rows is None or limit is None else np.asarray(rows)
-    sets = _Sets(values, sizes, 0 if limit is None else limit, _longest_first(values, sizes, count, limit or 0))
-    sets.even_out(enough)
-    return sets.members
+    members = _longest_first(values, sizes, count, limit or 0)
+    if enough < np.inf:
+        _Sets(values, sizes, 0 if limit is None else limit, members).even_out(enough)
+    return members
 
 
 def best_fit(sizes: Sequence[float], limit: float) -> list[list[int]]:
