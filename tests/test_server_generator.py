@@ -83,7 +83,7 @@ def test_responses_come_with_their_log_probs_and_end_where_they_should(
             assert response.log_probs == pytest.approx(expected.tolist(), abs=1e-5)
             assert response.truncated == (response.tokens[-1] not in EOS)
             assert len(response.tokens) == 6 or not response.truncated
-    assert len({tuple(response.tokens) for group in groups for response in group}) > 5
+    assert len({tuple(response.tokens) for group in groups for response in group}) > 3, "each prompt and each response"
 
 
 def test_a_seed_gives_the_same_responses_however_prompts_are_shared(server: ServerProcess) -> None:
