@@ -1,25 +1,21 @@
-"""ms-swift's own trainer and models on the CPU, with prefix groups and without: `main` prints what it found as JSON.
+"""ms-swift's own trainer and models on the CPU, with prefix groups and without.
 
-A program of its own, because ms-swift and mcore-bridge change megatron-core when they are imported, and need
-Transformer Engine to import (its GPU kernels are the one thing that is stood in for, see `tests/te_stand_in`). All else
-is theirs: the model configuration, the loading of Hugging Face weights, the collator, old and reference log-probs, every
-loss, megatron-core's schedules, DDP and the reduction of gradients.
+A program of its own (see tests/test_ms_swift.py), because ms-swift and mcore-bridge change megatron-core when they are
+imported, and need Transformer Engine to import: its GPU kernels are the one thing that is stood in for, see
+`tests/te_stand_in`. All else is theirs: the model's configuration, the loading of Hugging Face weights, the collator,
+old and reference log-probs, every loss, megatron-core's schedules, DDP and the reduction of gradients.
 
-The oracle is `MegatronGRPOTrainer`, unpatched, on repeated prompts. Its attention is dense and plain torch where ms-swift
-packs, and megatron-core's own where it pads.
+The oracle is `MegatronGRPOTrainer`, unpatched, on repeated prompts. Its attention is dense and plain torch where
+ms-swift packs, and megatron-core's own where it pads.
 """
 
-import json
-import sys
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import swift
 import torch
 from mcore_bridge.model.register import ModelLoader, get_model_meta, register_model
 from megatron.core import parallel_state as mpu
@@ -30,6 +26,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from swift.megatron.arguments import MegatronRLHFArguments
+from swift.megatron.pipelines.train.rlhf import MegatronRLHF
 from swift.megatron.trainers.grpo_trainer import MegatronGRPOTrainer
 from swift.megatron.utils import get_padding_to
 from swift.rl_core.data import GRPOSample
@@ -39,10 +36,11 @@ from swift.utils.utils import import_external_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_prefix.mcore.parallel import ParallelSizes, destroy, initialize, seed_everything
+from megatron_prefix.mcore.parallel import ParallelSizes, initialize, seed_everything
 from megatron_prefix.mcore.stages import whole_model_parameters
+from megatron_prefix.ms_swift.model import PrefixLoader, prefix_loader, share_prefixes
 from megatron_prefix.ms_swift.trainer import PrefixGRPOTrainer
-from tests.distributed import fill_fresh_memory_with_nan, run_distributed
+from tests.distributed import fill_fresh_memory_with_nan
 from tests.mcore_helpers import start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +55,7 @@ CONFIG = Qwen3Config(
     max_position_embeddings=128,
     tie_word_embeddings=False,
 )
-# Prompt, tokens of the policy, and what a tool says between them: two micro-batches, the groups of the first interleaved.
+# Prompt, tokens of the policy, what a tool says, the policy's again. Groups of the first micro-batch are interleaved.
 SEQUENCES: list[tuple[list[int], list[int], list[int], list[int]]] = [
     ([1, 2, 3, 4, 5], [6, 7], [], []),
     ([11, 12, 13], [14, 15, 16, 17], [], []),
@@ -70,15 +68,14 @@ SEQUENCES: list[tuple[list[int], list[int], list[int], list[int]]] = [
 ]
 SIZE = 4  # sequences of a micro-batch
 ADVANTAGES = (1.0, -0.5, 0.25, -1.0, 0.5, 1.5, -0.75, 0.1)
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "fipo", "real")
-NAMES = ("old", "ref", "loss", "gradients", "entropy")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 
 
 @dataclass(frozen=True)
 class Case:
     """One way to run a step: parallel sizes, ms-swift's frame, its arguments."""
 
-    sizes: ParallelSizes = ParallelSizes()
+    sizes: ParallelSizes = field(default_factory=ParallelSizes)
     padding_free: bool = True
     sequence_parallel: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -150,6 +147,8 @@ def arguments_of(case: Case, folder: Path) -> SimpleNamespace:
         "masked_softmax_fusion": False,
         "use_distributed_optimizer": False,
         "overlap_grad_reduce": False,
+        "overlap_p2p_comm": False,
+        "batch_p2p_comm": False,
         "overlap_param_gather": False,
         "micro_batch_size": SIZE,
         "num_generations": 2,
@@ -230,9 +229,10 @@ def step(trainer: Any) -> dict[str, Any]:
     last = mpu.is_pipeline_last_stage()
     found: dict[str, Any] = {}
     for name in ("old", "ref"):
-        rows = [getattr(b["grpo_batch"], f"{name}_per_token_logps") for b in batches]
-        masks = [b["grpo_batch"].completion_mask for b in batches]
-        found[name] = torch.cat([r[m] for r, m in zip(rows, masks, strict=True)]) if last else None
+        groups = [batch["grpo_batch"] for batch in batches]
+        rows = [getattr(group, f"{name}_per_token_logps") for group in groups]
+        if rows[0] is not None:
+            found[name] = torch.cat([row[g.completion_mask] for row, g in zip(rows, groups, strict=True)])
     for batch in batches if last else []:  # as if the policy had moved since it sampled: some ratios are clipped
         old, mask = batch["grpo_batch"].old_per_token_logps, batch["grpo_batch"].completion_mask
         old[mask] += torch.linspace(-0.3, 0.3, int(mask.sum())).to(old)
@@ -245,8 +245,9 @@ def step(trainer: Any) -> dict[str, Any]:
         micro_batch_size=SIZE,
         forward_only=False,
     )
-    found["loss"] = torch.stack([each["loss"] for each in metrics]) if last else None
-    found["entropy"] = torch.stack([each["entropy/entropy_mean"] for each in metrics]) if last else None
+    for name in ("loss", "entropy/entropy_mean"):
+        if last and name in metrics[0]:
+            found[name] = torch.stack([each[name] for each in metrics])
     parameters = whole_model_parameters(trainer.wrapped_models)
     found["gradients"] = {name: parameter.main_grad.clone() for name, parameter in parameters.items()}
     return found
@@ -259,56 +260,131 @@ def run(kind: type[MegatronGRPOTrainer], case: Case, loader: type[ModelLoader], 
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    """Largest absolute difference, and of gradients the worst relative one; 0 where this stage has nothing."""
-    result = {}
-    for name in ("old", "ref", "loss", "entropy"):
-        if expected[name] is not None:
-            assert found[name].shape == expected[name].shape and found[name].isfinite().all()
-            result[name] = (found[name] - expected[name]).abs().max().item()
-    assert found["gradients"].keys() == expected["gradients"].keys()
-    result["gradients"] = max(
-        ((found["gradients"][name] - value).norm() / value.norm()).item() for name, value in expected["gradients"].items()
-    )
-    return result
+    """Largest absolute difference of what this stage has, and of gradients the worst relative one."""
+    gradients, references = found.pop("gradients"), expected.pop("gradients")
+    assert gradients.keys() == references.keys() and found.keys() == expected.keys()
+    result = {name: (found[name] - value).abs().max().item() for name, value in expected.items()}
+    assert all(value.norm() > 0 for value in references.values())
+    relative = [((gradients[name] - value).norm() / value.norm()).item() for name, value in references.items()]
+    return result | {"gradients": max(relative)}
 
 
-def compare(rank: int, world_size: int, names: tuple[str, ...]) -> dict[str, Any]:
-    """On every rank: each case with prefix groups against the unpatched trainer."""
+def compare(names: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    """On every rank: what each case finds. Weights go to and come from ``folder``, as Hugging Face folders."""
     fill_fresh_memory_with_nan()
     torch.set_num_threads(1)
     start()
-    results = {}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        for seed, path in enumerate((folder, folder / "ref")):
-            torch.manual_seed(seed)
-            Qwen3ForCausalLM(CONFIG).double().save_pretrained(path)
-        for name in names:
-            results[name] = CASES[name](folder)
-    return results
+    for seed, path in enumerate((folder, folder / "ref")):
+        torch.manual_seed(seed)
+        Qwen3ForCausalLM(CONFIG).double().save_pretrained(path)  # one rank does
+    torch.distributed.barrier()
+    return {name: CASES[name](folder) for name in names}
 
 
 def _at(sizes: ParallelSizes) -> None:
-    destroy()
+    mpu.destroy_model_parallel()
     initialize(sizes)
 
 
-def _packed(folder: Path, **arguments: Any) -> dict[str, float]:
+def packed(folder: Path) -> dict[str, float]:
+    """ms-swift's default frame on one rank."""
     _at(ParallelSizes())
-    case = Case(arguments=arguments)
-    return differences(
-        run(PrefixGRPOTrainer, case, ModelLoader, folder), run(MegatronGRPOTrainer, case, PackedLoader, folder)
-    )
+    case = Case()
+    expected = run(MegatronGRPOTrainer, case, PackedLoader, folder)
+    return differences(run(PrefixGRPOTrainer, case, ModelLoader, folder), expected)
 
 
-CASES: dict[str, Callable[[Path], dict[str, float]]] = {"packed": _packed}
+def losses(folder: Path) -> dict[str, float]:
+    """Every loss type, masks by entropy, ratios by sequence, no reference model: the worst differences."""
+    _at(ParallelSizes())
+    ways = [{"loss_type": name} for name in LOSS_TYPES]
+    ways += [
+        {"top_entropy_quantile": 0.5},
+        {"importance_sampling_level": "sequence"},
+        {"beta": 0.0, "log_entropy": False},
+    ]
+    kinds = ((MegatronGRPOTrainer, PackedLoader), (PrefixGRPOTrainer, ModelLoader))
+    worst: dict[str, float] = {}
+    expected, found = ([step(trainer) for trainer in _trainers(kind, loader, ways, folder)] for kind, loader in kinds)
+    for mine, theirs in zip(found, expected, strict=True):
+        for name, value in differences(mine, theirs).items():
+            worst[name] = max(value, worst.get(name, 0.0))
+    return worst
 
 
-def main() -> None:
-    names = tuple(sys.argv[1:])
-    ranks = run_distributed(compare, 2, names, timeout_s=240)
-    print(json.dumps({"version": swift.__version__, "ranks": ranks}))  # noqa: T201 - the answer to the parent
+def _trainers(
+    kind: type[MegatronGRPOTrainer], loader: type[ModelLoader], ways: list[dict[str, Any]], folder: Path
+) -> Iterator[Any]:
+    """One trainer after the other with the arguments of each way; of one model."""
+    register_model(replace(get_model_meta("gpt"), loader=loader), exist_ok=True)
+    trainer = trainer_of(kind, Case(), folder)
+    usual = dict(vars(trainer.args))
+    for way in ways:
+        vars(trainer.args).update(usual | way)
+        trainer._init_grpo_params()
+        yield trainer
 
 
-if __name__ == "__main__":
-    main()
+def pipeline(folder: Path) -> dict[str, float]:
+    """Two stages."""
+    _at(ParallelSizes(pp=2))
+    case = Case(ParallelSizes(pp=2))
+    expected = run(MegatronGRPOTrainer, case, PackedLoader, folder)
+    return differences(run(PrefixGRPOTrainer, case, ModelLoader, folder), expected)
+
+
+def context(folder: Path) -> dict[str, float]:
+    """Two context-parallel ranks, against one: the oracle's attention has no ranks."""
+    _at(ParallelSizes())
+    expected = run(MegatronGRPOTrainer, Case(), PackedLoader, folder)
+    _at(ParallelSizes(cp=2))
+    return differences(run(PrefixGRPOTrainer, Case(ParallelSizes(cp=2)), ModelLoader, folder), expected)
+
+
+def tensor(folder: Path) -> dict[str, float]:
+    """Two tensor-parallel ranks with sequence parallelism, sequences padded; weights drawn, not loaded."""
+    _at(ParallelSizes(tp=2))
+    drawn = {"mcore_model": "drawn", "mcore_ref_model": "drawn", "persist_layer_norm": False}
+    case = Case(ParallelSizes(tp=2), padding_free=False, sequence_parallel=True, arguments=drawn)
+    expected = run(MegatronGRPOTrainer, case, LocalLoader, folder)
+    return differences(run(PrefixGRPOTrainer, case, LocalLoader, folder), expected)
+
+
+def refused(folder: Path) -> dict[str, str]:
+    """What is said where prefix groups cannot be had; the plugin's trainer is found as ms-swift finds its own."""
+    _at(ParallelSizes())
+    meta = get_model_meta("gpt")
+
+    def message(attempt: Callable[[], Any]) -> str:
+        try:
+            attempt()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def trained(**arguments: Any) -> Any:
+        register_model(replace(meta, loader=ModelLoader), exist_ok=True)
+        return trainer_of(PrefixGRPOTrainer, Case(arguments=arguments), folder)
+
+    class OtherModel(torch.nn.Module):
+        """Not a plain GPT."""
+
+    class OtherLoader(ModelLoader):
+        model_cls = OtherModel
+
+    import_external_file(str(ROOT / "examples" / "ms_swift" / "plugin.py"))
+    args = arguments_of(Case(arguments={"micro_batch_size": 3}), folder)
+    pipeline = SimpleNamespace(args=args, template=template_of(Case()), _prepare_vllm_client=lambda: None)
+    return {
+        "plugin": message(lambda: MegatronRLHF.prepare_trainer(pipeline)),
+        "moe": message(lambda: trained(megatron_extra_kwargs={"moe_z_loss_coeff": 0.1})),
+        "mtp": message(lambda: trained(mtp_num_layers=1)),
+        "model type": message(lambda: share_prefixes("no such type")),
+        "model": message(lambda: prefix_loader(OtherLoader)(SimpleNamespace(mcore_model_type="other"))),
+        "twice": str(prefix_loader(prefix_loader(ModelLoader)).__mro__.count(PrefixLoader)),
+    }
+
+
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    each.__name__: each for each in (packed, losses, pipeline, context, tensor, refused)
+}

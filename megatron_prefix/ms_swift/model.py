@@ -44,6 +44,8 @@ class PrefixLoader(ModelLoader):
             not give the results of repeated ones.
     """
 
+    model_cls: Any
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         if self.model_cls is not GPTModel:
