@@ -9,6 +9,7 @@ The oracle is `MegatronGRPOTrainer`, unpatched, on repeated prompts. Its attenti
 ms-swift packs, and megatron-core's own where it pads.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -350,6 +351,14 @@ def tensor(folder: Path) -> dict[str, float]:
     return differences(run(PrefixGRPOTrainer, case, LocalLoader, folder), expected)
 
 
+def script(folder: Path) -> dict[str, list[str]]:
+    """Options of the example's command that ms-swift does not have."""
+    text = (ROOT / "examples" / "ms_swift" / "grpo.sh").read_text()
+    options = set(re.findall(r"^ +--(\w+)", text, re.MULTILINE))
+    assert {"external_plugins", "micro_batch_size"} <= options
+    return {"unknown": sorted(options - {each.name for each in fields(MegatronRLHFArguments)})}
+
+
 def refused(folder: Path) -> dict[str, str]:
     """What is said where prefix groups cannot be had; the plugin's trainer is found as ms-swift finds its own."""
     _at(ParallelSizes())
@@ -386,5 +395,5 @@ def refused(folder: Path) -> dict[str, str]:
 
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    each.__name__: each for each in (packed, losses, pipeline, context, tensor, refused)
+    each.__name__: each for each in (packed, losses, pipeline, context, tensor, refused, script)
 }

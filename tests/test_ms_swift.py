@@ -71,12 +71,12 @@ def found_by(version: str, *names: str) -> list[dict[str, Any]]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-NEWEST = ("packed", "losses", "pipeline", "context", "tensor", "refused")
+EQUAL = ("packed", "losses", "pipeline", "context", "tensor")
 
 
 @pytest.fixture(scope="module")
 def newest() -> list[dict[str, Any]]:
-    return found_by("4.6.0", *NEWEST)
+    return found_by("4.6.0", *EQUAL, "refused", "script")
 
 
 def assert_equal(ranks: list[dict[str, Any]], name: str, expected: set[str]) -> None:
@@ -86,7 +86,7 @@ def assert_equal(ranks: list[dict[str, Any]], name: str, expected: set[str]) -> 
     assert set().union(*(rank[name] for rank in ranks)) == expected
 
 
-@pytest.mark.parametrize("name", [name for name in NEWEST if name != "refused"])
+@pytest.mark.parametrize("name", EQUAL)
 def test_log_probs_losses_and_gradients_are_ms_swifts_own(newest: list[dict[str, Any]], name: str) -> None:
     assert_equal(newest, name, set(TOLERANCES))
 
@@ -108,6 +108,10 @@ def test_the_release_before_is_held_to_the_same() -> None:
 )
 def test_what_cannot_be_combined_is_refused_by_name(newest: list[dict[str, Any]], name: str, said: str) -> None:
     assert all(said in rank["refused"][name] for rank in newest)
+
+
+def test_the_examples_options_are_ms_swifts(newest: list[dict[str, Any]]) -> None:
+    assert [rank["script"]["unknown"] for rank in newest] == [[], []]
 
 
 def test_nothing_of_ms_swift_is_in_this_process(newest: list[dict[str, Any]]) -> None:
