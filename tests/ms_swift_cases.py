@@ -345,7 +345,12 @@ def context(folder: Path) -> dict[str, float]:
 def tensor(folder: Path) -> dict[str, float]:
     """Two tensor-parallel ranks with sequence parallelism, sequences padded; weights drawn, not loaded."""
     _at(ParallelSizes(tp=2))
-    drawn = {"mcore_model": "drawn", "mcore_ref_model": "drawn", "persist_layer_norm": False}
+    drawn = {
+        "mcore_model": "drawn",
+        "mcore_ref_model": "drawn",
+        "perform_initialization": True,
+        "persist_layer_norm": False,
+    }
     case = Case(ParallelSizes(tp=2), padding_free=False, sequence_parallel=True, arguments=drawn)
     expected = run(MegatronGRPOTrainer, case, LocalLoader, folder)
     return differences(run(PrefixGRPOTrainer, case, LocalLoader, folder), expected)
