@@ -327,9 +327,10 @@ def _trainers(
 
 
 def pipeline(folder: Path) -> dict[str, float]:
-    """Two stages."""
+    """Two stages, every layer recomputed in backward (ms-swift's default is the core attention)."""
     _at(ParallelSizes(pp=2))
-    case = Case(ParallelSizes(pp=2))
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    case = Case(ParallelSizes(pp=2), arguments=recompute)
     expected = run(MegatronGRPOTrainer, case, PackedLoader, folder)
     return differences(run(PrefixGRPOTrainer, case, ModelLoader, folder), expected)
 
