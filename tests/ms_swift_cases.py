@@ -132,6 +132,7 @@ def arguments_of(case: Case, folder: Path) -> SimpleNamespace:
     }
     values = {
         "model_type": "qwen3",
+        "is_multimodal": False,
         "megatron_model_meta": get_model_meta("gpt"),
         "model_dir": str(folder),
         "ref_model": str(folder / "ref"),
@@ -250,7 +251,7 @@ def step(trainer: Any) -> dict[str, Any]:
         if last and name in metrics[0]:
             found[name] = torch.stack([each[name] for each in metrics])
     parameters = whole_model_parameters(trainer.wrapped_models)
-    found["gradients"] = {name: parameter.main_grad.clone() for name, parameter in parameters.items()}
+    found["gradients"] = {name: each.main_grad.clone() for name, each in parameters.items() if each.requires_grad}
     return found
 
 
@@ -357,6 +358,24 @@ def tensor(folder: Path) -> dict[str, float]:
     return differences(run(PrefixGRPOTrainer, case, LocalLoader, folder), expected)
 
 
+def lora(folder: Path) -> dict[str, float]:
+    """Adapters, away from where they start; the reference is the model without them. Fused layers need the real TE."""
+    _at(ParallelSizes())
+    targets = ["linear_proj", "linear_fc2"]
+    arguments = {"tuner_type": "lora", "target_modules": targets, "lora_rank": 4, "lora_dropout": 0.0}
+    steps = []
+    for kind, loader in ((MegatronGRPOTrainer, PackedLoader), (PrefixGRPOTrainer, ModelLoader)):
+        register_model(replace(get_model_meta("gpt"), loader=loader), exist_ok=True)
+        trainer = trainer_of(kind, Case(arguments=arguments), folder)
+        with torch.no_grad():
+            for parameter in trainer.unwrapped_models[0].parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.3)
+        steps.append(step(trainer))
+    assert all("lora" in name for name in steps[0]["gradients"])
+    return differences(steps[1], steps[0])
+
+
 def script(folder: Path) -> dict[str, list[str]]:
     """Options of the example's command that ms-swift does not have."""
     text = (ROOT / "examples" / "ms_swift" / "grpo.sh").read_text()
@@ -401,5 +420,5 @@ def refused(folder: Path) -> dict[str, str]:
 
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    each.__name__: each for each in (packed, losses, pipeline, context, tensor, refused, script)
+    each.__name__: each for each in (packed, losses, pipeline, context, tensor, lora, refused, script)
 }

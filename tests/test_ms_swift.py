@@ -71,7 +71,7 @@ def found_by(version: str, *names: str) -> list[dict[str, Any]]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-EQUAL = ("packed", "losses", "pipeline", "context", "tensor")
+EQUAL = ("packed", "losses", "pipeline", "context", "tensor", "lora")
 
 
 @pytest.fixture(scope="module", params=sorted(HASHES))

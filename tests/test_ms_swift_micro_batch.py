@@ -146,19 +146,29 @@ def test_what_is_no_text_with_responses_is_refused(change: dict[str, Any], said:
     ],
 )
 def test_arguments_are_refused_by_name(name: str, value: Any, remedy: str) -> None:
-    args = SimpleNamespace(micro_batch_size=8, num_generations=8)
+    args = SimpleNamespace(tuner_type="full", micro_batch_size=8, num_generations=8)
     refuse_arguments(args)
     setattr(args, name, value)
     with pytest.raises(ValueError, match=f"{name}={value!r} is not supported with prefix groups: .*; {remedy}"):
         refuse_arguments(args)
 
 
+def test_dropout_of_adapters_is_refused() -> None:
+    args = SimpleNamespace(tuner_type="full", lora_dropout=0.05, micro_batch_size=8, num_generations=8)
+    refuse_arguments(args)
+    args.tuner_type = "lora"
+    with pytest.raises(ValueError, match=r"lora_dropout=0\.05 is not supported .* set lora_dropout=0\.0"):
+        refuse_arguments(args)
+    args.lora_dropout = 0.0
+    refuse_arguments(args)
+
+
 @pytest.mark.parametrize(("size", "generations"), [(1, 8), (4, 8), (8, 8), (16, 8), (8, 1)])
 def test_whole_groups_and_even_parts_are_taken(size: int, generations: int) -> None:
-    refuse_arguments(SimpleNamespace(micro_batch_size=size, num_generations=generations))
+    refuse_arguments(SimpleNamespace(tuner_type="full", micro_batch_size=size, num_generations=generations))
 
 
 @pytest.mark.parametrize(("size", "generations"), [(3, 8), (12, 8), (6, 4)])
 def test_groups_cut_unevenly_are_refused(size: int, generations: int) -> None:
     with pytest.raises(ValueError, match=f"micro_batch_size {size} and num_generations {generations}"):
-        refuse_arguments(SimpleNamespace(micro_batch_size=size, num_generations=generations))
+        refuse_arguments(SimpleNamespace(tuner_type="full", micro_batch_size=size, num_generations=generations))

@@ -15,6 +15,11 @@ def refuse_arguments(args: Any) -> None:
         value = getattr(args, name, allowed[0])
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not supported with prefix groups: {why}; set {name}={allowed[0]!r}")
+    if args.tuner_type != "full" and args.lora_dropout:
+        raise ValueError(
+            f"lora_dropout={args.lora_dropout!r} is not supported with prefix groups: dropout draws one mask for a "
+            "prefix that repeated prefixes draw G times; set lora_dropout=0.0"
+        )
     size, generations = args.micro_batch_size, args.num_generations
     if size % generations and generations % size:
         raise ValueError(
