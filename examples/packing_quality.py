@@ -165,7 +165,7 @@ def perfect(planner: StepPlanner, works: list[Workload]) -> float:
     """Modelled seconds of the work, even over ranks and stages, in as few micro-batches as the budget allows."""
     total = sum(works, Workload())
     fewest = -(-total.rows // ((planner.max_tokens_per_pack or total.rows) * planner.dp_size))
-    cost = sum(planner.without_levels(work) for work in works)
+    cost = sum(planner.cost.without_levels(work) for work in works)
     return (cost / planner.dp_size + fewest * planner.cost.microbatch) / planner.pipeline.stages
 
 

@@ -59,10 +59,11 @@ def test_packing_is_within_three_percent_of_the_bound(tmp_path: Path, monkeypatc
     example("packing_quality").main()
     assert picture.read_bytes().startswith(b"\x89PNG")
     steps = [each for each in json.loads(table.read_text())["steps"] if (each["dp"], each["pp"]) in ((1, 1), (8, 1))]
-    assert {each["kind"] for each in steps} == {"math", "documents", "agents"} and len(steps) == 12
+    assert {each["kind"] for each in steps} == {"math", "code", "documents", "agents"} and len(steps) == 16
     assert any(each["split"] for each in steps) and not all(each["split"] for each in steps)
     for each in steps:
-        assert 0.97 <= each["share"] <= 1 + 1e-9 and each["balance"] <= 1.03, each
+        # Repeated prefixes are planned as well, and no better than perfectly: that may help by their last part.
+        assert 0.97 <= each["share"] <= 1.01 and each["balance"] <= 1.03, each
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=[str(path.relative_to(ROOT)) for path in SCRIPTS])
