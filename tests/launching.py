@@ -6,9 +6,8 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,10 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 MULTINODE = ROOT / "examples" / "launch" / "torchrun_multinode.sh"
-SETTINGS = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC", "RECIPE", "RUN_ID", "START_SECONDS", "PROGRAM",
-            "PYTHON", "SLURM_NODEID", "JOB_COMPLETION_INDEX", "SLURM_JOB_ID", "SLURM_SUBMIT_DIR")  # fmt: skip
+SETTINGS = (
+    *("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC", "RECIPE", "RUN_ID", "START_SECONDS", "PROGRAM"),
+    *("PYTHON", "SLURM_NODEID", "JOB_COMPLETION_INDEX", "SLURM_JOB_ID", "SLURM_SUBMIT_DIR"),
+)
 
 
 def environment(**settings: str | Path | int) -> dict[str, str]:
@@ -100,10 +101,10 @@ def wait(started: list[Node], seconds: float) -> list[int]:
     return [node.process.returncode for node in started]
 
 
-def wait_for(condition: object, started: list[Node], seconds: float) -> None:
+def wait_for(condition: Callable[[], bool], started: list[Node], seconds: float) -> None:
     """Until ``condition()`` is true. Raises AssertionError when a node ends before, or at the time limit."""
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         texts = "\n".join(node.text for node in started)
         assert all(node.process.poll() is None for node in started), f"a node ended:\n{texts}"
         assert time.monotonic() < deadline, f"nothing after {seconds} s:\n{texts}"
@@ -118,8 +119,3 @@ def _marked(mark: str) -> list[psutil.Process]:
             if each.status() != psutil.STATUS_ZOMBIE and mark in each.environ():
                 found.append(each)
     return found
-
-
-def python_in_path() -> str:
-    """The interpreter of the tests, for PYTHON."""
-    return sys.executable

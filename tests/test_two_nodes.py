@@ -1,4 +1,4 @@
-"""`examples/launch/torchrun_multinode.sh` as two nodes on one machine: preempted, resumed, and with a node that dies."""
+"""`examples/launch/torchrun_multinode.sh` as two nodes on one machine: preempted, resumed, and a node that dies."""
 
 import json
 import signal
@@ -30,13 +30,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two_nodes")
     write_model(folder)
     write_groups(folder)
-    (folder / "tiny.args").write_text("# two processes, one on each node\n--tp 2 --groups-per-step 2\n--lr 1e-3 # high\n")
+    (folder / "tiny.args").write_text(
+        "# two processes, one on each node\n--tp 2 --groups-per-step 2\n--lr 1e-3 # high\n"
+    )
     return folder
 
 
 def two_nodes(folder: Path, steps: int) -> list[tuple[list[str], dict[str, str]]]:
     """What each node runs; the words are the same on both."""
-    words = ["bash", str(MULTINODE), "--model", str(folder / "model.json"), "--rollouts", str(folder / "rollouts.jsonl")]
+    words = [
+        "bash",
+        str(MULTINODE),
+        "--model",
+        str(folder / "model.json"),
+        "--rollouts",
+        str(folder / "rollouts.jsonl"),
+    ]
     words += ["--save", str(folder / "save"), "--resume", "--metrics", str(folder / "metrics.jsonl"), "--json"]
     common: dict[str, Any] = {"NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC": 1}
     common |= {"RECIPE": folder / "tiny.args", "PYTHON": sys.executable, "START_SECONDS": STARTS_S}
