@@ -150,8 +150,8 @@ def test_megatron_lm_takes_its_flags(path: Path, monkeypatch: pytest.MonkeyPatch
         "megatron.training.arguments", reason="this megatron-core ships no megatron.training"
     )
     name, gpus = model_and_gpus(path)
-    # Its fused RoPE is Transformer Engine's, which is not here.
-    words = launched(path, "--seq-length", "12288", "--micro-batch-size", "1", "--no-rope-fusion", program="train_rl.py")
+    here = ("--no-rope-fusion",)  # it is Transformer Engine's
+    words = launched(path, "--seq-length", "12288", "--micro-batch-size", "1", *here, program="train_rl.py")
     monkeypatch.setattr(sys, "argv", ["train_rl.py", *words])
     monkeypatch.setenv("WORLD_SIZE", str(gpus))
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as the launcher sets it
