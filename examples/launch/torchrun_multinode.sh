@@ -2,7 +2,7 @@
 # One node's part of a training run over several nodes: start the same line on each, with another NODE_RANK.
 #
 #   export NNODES=2 NODE_RANK=0 MASTER_ADDR=node0.cluster    # on the other node NODE_RANK=1
-#   export RECIPE=examples/recipes/qwen3-8b_16xh100.args
+#   export RECIPE=examples/recipes/qwen3-32b_16xh100.args
 #   bash examples/launch/torchrun_multinode.sh --model CHECKPOINT --rollouts rollouts.jsonl --save out --resume  # GPU only
 #
 # `--dry-run` as the first argument prints the command and starts nothing.
