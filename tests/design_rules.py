@@ -15,6 +15,7 @@ TOP_LEVEL = {
     *(PACKAGE, "patches", "examples", "tests"),
     *("setup.py", "README.md", "LICENSE", "pyproject.toml", "MANIFEST.in"),
 }
+FRAMEWORKS = {"verl": {"verl", "tensordict"}}  # package of ours: top-level modules that only it imports
 COLLECTIVE = re.compile(
     r"(all_reduce|all_gather|reduce_scatter|broadcast|all_to_all|gather|scatter|reduce|barrier|monitored_barrier)"
     r"(_single|_object|_object_list|_into_tensor|_tensor|_coalesced)*"
@@ -32,12 +33,20 @@ MACHINE_PATH = re.compile(r"(?<![\w.}])/(?:work|root|home/\w+|Users/\w+|tmp/(?:h
 
 
 def megatron_only_in_host_modules(path: PurePosixPath, source: str) -> Iterator[str]:
-    """Only mcore/, cli/ and specs.py import megatron."""
-    if _inside(path, "mcore", "cli") or _is(path, "specs.py"):
+    """Only mcore/, cli/, specs.py and the packages of frameworks built on it import megatron."""
+    if _inside(path, "mcore", "cli", *FRAMEWORKS) or _is(path, "specs.py"):
         return
     for line, name in _imports(ast.parse(source)):
         if name == "megatron" or name.startswith("megatron."):
             yield f"{path}:{line}: imports {name}"
+
+
+def frameworks_in_their_own_package(path: PurePosixPath, source: str) -> Iterator[str]:
+    """A host framework is imported by the package of its name only: verl (and its tensordict) by verl/."""
+    for line, name in _imports(ast.parse(source)):
+        for package, modules in FRAMEWORKS.items():
+            if name.partition(".")[0] in modules and not _inside(path, package):
+                yield f"{path}:{line}: imports {name}"
 
 
 def collectives_in_one_module(path: PurePosixPath, source: str) -> Iterator[str]:
@@ -144,6 +153,7 @@ def attention_reads_nothing_back(path: PurePosixPath, source: str) -> Iterator[s
 
 PACKAGE_RULES: tuple[Callable[[PurePosixPath, str], Iterator[str]], ...] = (
     megatron_only_in_host_modules,
+    frameworks_in_their_own_package,
     collectives_in_one_module,
     environment_only_in_cli,
     no_module_level_state,
