@@ -139,8 +139,8 @@ class PrefixMegatronEngine(MegatronEngineWithLMHead):
         micro_batches, _ = prepare_micro_batches(data=data, dp_group=group)
         if len(micro_batches) % multiple:
             raise ValueError(
-                f"micro_batch_size_per_gpu={data['micro_batch_size_per_gpu']} makes {len(micro_batches)} micro-batches; "
-                f"an interleaved pipeline needs a multiple of {multiple}, so change the size"
+                f"micro_batch_size_per_gpu={data['micro_batch_size_per_gpu']} makes {len(micro_batches)} micro-batches "
+                f"where an interleaved pipeline needs a multiple of {multiple}; change the size"
             )
         return micro_batches, None
 
