@@ -5,6 +5,7 @@ but lies unpacked in a folder.
 """
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -270,6 +271,32 @@ def own_spec_is_back(engine: Any) -> bool:
         engine.bridge._get_transformer_layer_spec().submodules.self_attention.submodules.core_attention
         is PackedAttention
     )
+
+
+def takes_prefix_attention() -> dict[str, bool]:
+    """Whether each form in which a bridge may have its layers becomes prefix-grouped, and keeps its signature."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_prefix.mcore.self_attention import PrefixSelfAttention
+    from megatron_prefix.verl.engine import _with_prefix_attention
+
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+
+    def of_config(config: Any) -> Any:
+        return spec
+
+    def of_stage(config: Any, vp_stage: int | None = None) -> Any:
+        return spec
+
+    made = {
+        "spec": _with_prefix_attention(spec),
+        "function": _with_prefix_attention(of_config)(None),
+        "function of a stage": _with_prefix_attention(of_stage)(None, vp_stage=1),
+    }
+    found = {name: each.submodules.self_attention.module is PrefixSelfAttention for name, each in made.items()}
+    for name, function in (("signature", of_config), ("signature with a stage", of_stage)):
+        found[name] = inspect.signature(_with_prefix_attention(function)) == inspect.signature(function)
+    return found
 
 
 def example_settings(folder: str) -> list[str]:

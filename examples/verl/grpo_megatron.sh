@@ -12,6 +12,7 @@ prefix_groups=(
     actor_rollout_ref.actor.use_prefix_grouper=True
     # The reference model (here for the KL term) has a worker of its own.
     actor_rollout_ref.ref._target_=megatron_prefix.verl.PrefixActorConfig
+    # shellcheck disable=SC2016 # verl's configuration resolves it, not the shell
     '+actor_rollout_ref.ref.use_prefix_grouper=${actor_rollout_ref.actor.use_prefix_grouper}'
 )
 

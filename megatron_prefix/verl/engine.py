@@ -56,6 +56,11 @@ class PrefixMegatronEngine(MegatronEngineWithLMHead):
             bridge, name = self.bridge, "_get_transformer_layer_spec"
         else:
             bridge, name = self.provider, "transformer_layer_spec"
+        if not hasattr(bridge, name):
+            raise ValueError(
+                f"{type(bridge).__name__} has no {name}: the bridge builds this model in a way of its own; "
+                "set use_prefix_grouper=False"
+            )
         spec = getattr(bridge, name)
         setattr(bridge, name, _with_prefix_attention(spec))
         try:
