@@ -7,12 +7,12 @@
 # that this package adds. Wants an environment with verl 0.8 or 0.9, its rollout engine, and megatron-prefix.
 set -euo pipefail
 
+# shellcheck disable=SC2016 # verl's configuration resolves the last one, not the shell
 prefix_groups=(
     actor_rollout_ref.actor._target_=megatron_prefix.verl.PrefixActorConfig
     actor_rollout_ref.actor.use_prefix_grouper=True
     # The reference model (here for the KL term) has a worker of its own.
     actor_rollout_ref.ref._target_=megatron_prefix.verl.PrefixActorConfig
-    # shellcheck disable=SC2016 # verl's configuration resolves it, not the shell
     '+actor_rollout_ref.ref.use_prefix_grouper=${actor_rollout_ref.actor.use_prefix_grouper}'
 )
 
