@@ -11,6 +11,7 @@ EXTRAS = {
     # Fused kernels on Hopper and later. Checked against the Python sources of 2.8 to 2.20.
     "te": ["transformer-engine[pytorch]>=2.8,<2.21"],
     "deepspeed": ["deepspeed>=0.16"],
+    "verl": ["verl>=0.8,<0.10"],
     # The command line: training, sampling, weight import, plots.
     "cli": [
         "click>=8.1",

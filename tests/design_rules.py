@@ -15,7 +15,8 @@ TOP_LEVEL = {
     *(PACKAGE, "patches", "examples", "tests"),
     *("setup.py", "README.md", "LICENSE", "pyproject.toml", "MANIFEST.in"),
 }
-FRAMEWORKS = {"ms_swift": {"swift", "mcore_bridge"}}  # package of ours: top-level modules that only it imports
+# Package of ours: top-level modules that only it imports.
+FRAMEWORKS = {"ms_swift": {"swift", "mcore_bridge"}, "verl": {"verl", "tensordict"}}
 COLLECTIVE = re.compile(
     r"(all_reduce|all_gather|reduce_scatter|broadcast|all_to_all|gather|scatter|reduce|barrier|monitored_barrier)"
     r"(_single|_object|_object_list|_into_tensor|_tensor|_coalesced)*"
@@ -42,7 +43,7 @@ def megatron_only_in_host_modules(path: PurePosixPath, source: str) -> Iterator[
 
 
 def frameworks_in_their_own_package(path: PurePosixPath, source: str) -> Iterator[str]:
-    """A host framework is imported by the package of its name only."""
+    """A host framework is imported by the package of its name only: verl (and its tensordict) by verl/."""
     for line, name in _imports(ast.parse(source)):
         for package, modules in FRAMEWORKS.items():
             if name.partition(".")[0] in modules and not _inside(path, package):

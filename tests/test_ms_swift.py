@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
-from tests.upstream import installed
+from tests.downloads import installed_beside
 
 ROOT = Path(__file__).resolve().parents[1]
 HASHES = {
@@ -53,8 +53,8 @@ def main(*names: str) -> None:
 
 def found_by(version: str, *names: str) -> list[dict[str, Any]]:
     """What each rank of `main` found with that version of ms-swift."""
-    swift = installed(f"ms-swift-{version}", f"ms-swift=={version} --hash=sha256:{HASHES[version]}", BRIDGE)
-    support = installed("ms-swift-support", *SUPPORT)
+    swift = installed_beside(f"ms-swift-{version}", f"ms-swift=={version} --hash=sha256:{HASHES[version]}", BRIDGE)
+    support = installed_beside("ms-swift-support", *SUPPORT)
     path = [ROOT / "tests" / "te_stand_in", ROOT, swift, support]
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"from tests.test_ms_swift import main; main(*{names})"],
