@@ -56,8 +56,8 @@ def downloaded_source(requirement: str, sha256: str) -> Path:
 def installed_beside(name: str, *requirements: str) -> Path:
     """A folder for ``sys.path`` with exactly these packages, without what they depend on.
 
-    Each is "package==version", with " --hash=sha256:..." where its content is pinned. The test is skipped when pip cannot
-    get them; an archive with another hash is an error.
+    Each is "package==version", with " --hash=sha256:..." where its content is pinned. The test is skipped when pip
+    cannot get them; an archive with another hash is an error.
     """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     digest = hashlib.sha256("\n".join(requirements).encode()).hexdigest()[:12]
