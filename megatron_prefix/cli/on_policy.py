@@ -24,9 +24,9 @@ from megatron_prefix.generation.tokenizer import ChatTokenizer
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.export_weights import export_weights
 from megatron_prefix.mcore.on_policy import OnPolicyRollouts, OnPolicySettings
+from megatron_prefix.mcore.pack_trainer import PackTrainer
 from megatron_prefix.mcore.parallel import ParallelSizes
 from megatron_prefix.mcore.step_plan import step_planner
-from megatron_prefix.mcore.pack_trainer import PackTrainer
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.weights import check_exportable
 

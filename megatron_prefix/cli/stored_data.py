@@ -16,11 +16,11 @@ from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
 from megatron_prefix.cost_model import CostModel
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.core_attention import attention_layers
+from megatron_prefix.mcore.pack_trainer import PackTrainer
 from megatron_prefix.mcore.parallel import ParallelSizes
 from megatron_prefix.mcore.step_plan import plan_step, step_planner
 from megatron_prefix.mcore.step_source import StepSource, StoredRollouts
 from megatron_prefix.mcore.tokens import groups_on_this_rank
-from megatron_prefix.mcore.pack_trainer import PackTrainer
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import has_log_probs
 from megatron_prefix.sampler import PrefixGroupSampler

@@ -172,7 +172,7 @@ class PackTrainer(ABC):
 
     @abstractmethod
     def load_checkpoint(self, path: Path, config: ModelConfig) -> None:
-        """Take up weights and optimizer of a checkpoint that this engine wrote; raises as `checkpoint.load_checkpoint`."""
+        """Take up weights and optimizer of a checkpoint of this engine; raises as `checkpoint.load_checkpoint`."""
 
     @abstractmethod
     def _zero_grad(self) -> None:

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from megatron_prefix.collectives import all_gather_object, any_rank, on_all_ranks
 from megatron_prefix.mcore.nonfinite import NonFiniteError, save_offending
+from megatron_prefix.mcore.pack_trainer import PackTrainer
 from megatron_prefix.mcore.run_checkpoints import RunCheckpoints
 from megatron_prefix.mcore.step_source import StepBatch, StepSource
-from megatron_prefix.mcore.pack_trainer import PackTrainer
 from megatron_prefix.stop_signals import StopSignals
 
 OnStep = Callable[[int, StepBatch, dict[str, float]], None]
