@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError, DtypeEnum
 
 from megatron_prefix.mcore.pack_trainer import TrainSettings
 
@@ -117,6 +117,12 @@ def engine_config(
 def zero_stage(config: Mapping[str, Any]) -> int:
     """ZeRO stage of a checked configuration."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def grad_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """In which gradients add up over micro-batches, by a checked configuration for a model in ``dtype``."""
+    named = config.get("data_types", {}).get("grad_accum_dtype")
+    return dtype if named is None else DtypeEnum(named).value
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

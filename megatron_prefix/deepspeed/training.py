@@ -119,7 +119,7 @@ class DeepSpeedTrainer(PackTrainer):
         """Clip and step; returns the gradients' norm, which is infinite where nothing was updated."""
         if self.engine.optimizer is self.engine.basic_optimizer:  # ZeRO-0 in fp32 looks at no norm before it steps
             norm = float(clip_grad_norm_(self.engine.module.parameters(), math.inf, mpu=self.mpu))
-            if norm < 0:  # how DeepSpeed says that it is not finite
+            if not math.isfinite(norm):
                 self.engine.zero_grad()
                 return math.inf
             self.engine.step()
