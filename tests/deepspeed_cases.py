@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,10 +61,10 @@ def start_deepspeed(rank: int, **sizes: int) -> None:
     use_plain_gloo()
 
 
-def build(case: Case) -> Any:
+def build(case: Case, layer_spec: Callable[..., Any] = prefix_gpt_layer_spec) -> Any:
     config = tiny_config(qk_layernorm=True, tied_embeddings=case.tied)
     how: dict[str, Any] = {"dtype": case.dtype, "sequence_parallel": case.sequence_parallel}
-    return build_model(config, layer_spec=prefix_gpt_layer_spec(transformer_config(config, **how)), seed=3, **how)
+    return build_model(config, layer_spec=layer_spec(transformer_config(config, **how)), seed=3, **how)
 
 
 def batch() -> list[RolloutGroup]:
@@ -95,11 +95,13 @@ def parameters_of(trainer: PackTrainer) -> dict[str, Tensor]:
         return {name: parameter.detach().double().clone() for name, parameter in found.items()}
 
 
-def by_deepspeed(case: Case, stage: int, **config: Any) -> PackTrainer:
+def by_deepspeed(
+    case: Case, stage: int, layer_spec: Callable[..., Any] = prefix_gpt_layer_spec, **config: Any
+) -> PackTrainer:
     from megatron_prefix.deepspeed.training import DeepSpeedTrainer
 
     zero = {"stage": stage, **BUCKETS, **config.pop("zero", {})}
-    return DeepSpeedTrainer(build(case), case.settings, LOSS, {"zero_optimization": zero, **config})
+    return DeepSpeedTrainer(build(case, layer_spec), case.settings, LOSS, {"zero_optimization": zero, **config})
 
 
 def differences(case: Case, runs: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, tuple[str, float]]:

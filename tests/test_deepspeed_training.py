@@ -82,6 +82,11 @@ def two_ranks(rank: int, world_size: int) -> dict[str, Any]:
             dc.train(trainer, half)
         refused[stage] = str(error.value)
     found["refused"] = refused
+    from megatron_prefix.deepspeed.ulysses import ulysses_layer_spec
+
+    dc.start_deepspeed(rank, cp=2)
+    runs = [(f"ZeRO-{stage}", {"stage": stage, "layer_spec": ulysses_layer_spec}) for stage in (1, 3)]
+    found["ulysses"] = dc.differences(Case(cp=2), runs)
     return found
 
 
@@ -99,6 +104,12 @@ def test_ranks_have_unequal_shares(pair: list[dict[str, Any]]) -> None:
 def test_offload_to_the_host(pair: list[dict[str, Any]]) -> None:
     for stage, (where, error) in pair[0]["offload"].items():
         assert error < dc.PRECISION, (stage, where)
+
+
+def test_ulysses_is_the_same_attention(pair: list[dict[str, Any]]) -> None:
+    for found in pair:
+        for stage, (where, error) in found["ulysses"].items():
+            assert error < dc.PRECISION, (stage, where)
 
 
 def test_bf16_up_to_its_rounding(pair: list[dict[str, Any]]) -> None:
