@@ -70,7 +70,10 @@ class EngineFlags:
 class MegatronEngine:
     """megatron-core's DDP and optimizers, which take all options."""
 
-    def check_run(self, has_parts: bool, refused: Mapping[str, bool]) -> None:
+    def check_options(self, given: Mapping[str, bool]) -> None:
+        """See `DeepSpeedEngine`."""
+
+    def check_parts(self, has_parts: bool) -> None:
         """See `DeepSpeedEngine`."""
 
     def start(self) -> list[str]:
@@ -104,28 +107,36 @@ class DeepSpeedEngine:
     values: Mapping[str, Any]
     dtype: torch.dtype
 
-    def check_run(self, has_parts: bool, refused: Mapping[str, bool]) -> None:
-        """Refuse what the engine cannot do with this run, before any work.
+    def check_options(self, given: Mapping[str, bool]) -> None:
+        """Refuse options that need megatron-core's engine.
 
         Args:
-            has_parts: whether groups may be split.
-            refused: options that are megatron-core's, and whether each is given; ``--on-policy`` from ZeRO-3 on.
+            given: whether each of them is; with ``--on-policy`` generation needs whole parameters, as below ZeRO-3.
 
         Raises:
-            ValueError: there is something.
+            ValueError: one is.
         """
-        from megatron_prefix.deepspeed.config import grad_dtype, zero_stage
-        from megatron_prefix.deepspeed.training import check_split_groups
+        from megatron_prefix.deepspeed.config import zero_stage
 
         stage = zero_stage(self.values)
-        for option, given in refused.items():
-            if given and (option != "--on-policy" or stage == 3):
+        for option, is_given in given.items():
+            if is_given and (option != "--on-policy" or stage == 3):
                 raise ValueError(
                     f"{option} with --engine deepspeed{' at ZeRO-3' if stage == 3 else ''} is not supported; leave it "
                     "out, or use --engine megatron"
                 )
+
+    def check_parts(self, has_parts: bool) -> None:
+        """Refuse split groups where the ZeRO stage cannot take them.
+
+        Raises:
+            ValueError: there are some.
+        """
+        from megatron_prefix.deepspeed.config import grad_dtype, zero_stage
+        from megatron_prefix.deepspeed.training import check_split_groups
+
         if has_parts:
-            check_split_groups(stage, self.dtype, grad_dtype(self.values, self.dtype))
+            check_split_groups(zero_stage(self.values), self.dtype, grad_dtype(self.values, self.dtype))
 
     def start(self) -> list[str]:
         """Make ready for `deepspeed.initialize`, until the command ends; returns lines for the user."""

@@ -146,6 +146,9 @@ def train_command(
     settings = replace(settings, schedule=schedule)
     config = flags.config()
     run = engine.open(settings, flags.torch_dtype, parallel, groups_per_step)
+    run.check_options(
+        {"--compare": compare > 0, "--async-save": saving.async_save, "--on-policy": rollouts.path is None}
+    )
     data: StepData
     if rollouts.path is None:
         iterations = OnPolicySettings(
@@ -178,10 +181,7 @@ def train_command(
             seed=seed,
             keep_ids=compare > 0,  # which runs a whole model on every rank
         )
-    run.check_run(
-        data.may_split,
-        {"--compare": compare > 0, "--async-save": saving.async_save, "--on-policy": rollouts.path is None},
-    )
+    run.check_parts(data.may_split)
     flags.check_impl(config, parallel.cp, data.may_split)
     cost, source_of_cost = find_cost_model(cost_model, config, tp=parallel.tp, cp=parallel.cp)
     state = {
