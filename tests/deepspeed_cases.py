@@ -112,7 +112,7 @@ def differences(case: Case, runs: Sequence[tuple[str, dict[str, Any]]]) -> dict[
     """
     oracle = PolicyTrainer(build(case), case.settings, LOSS)
     metrics, expected = train(oracle, case), parameters_of(oracle)
-    before = parameters_of(PolicyTrainer(build(case), case.settings, LOSS))
+    before = whole_model_parameters(build(case))
     assert all((value - before[name]).norm() > 100 * PRECISION * value.norm() for name, value in expected.items())
     assert max(each["grad_norm"] for each in metrics) > case.clip_grad
     found = {}

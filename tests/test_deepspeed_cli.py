@@ -66,6 +66,7 @@ def states(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.ci_oldest
 @pytest.mark.parametrize("name", RESUMED)
 def test_stopped_and_resumed_is_the_same_run(files: Path, two_processes: dict[str, Run], name: str) -> None:
     out = files / "out"
@@ -82,10 +83,12 @@ def test_stopped_and_resumed_is_the_same_run(files: Path, two_processes: dict[st
             assert torch.equal(value, found[key]), key
 
 
+@pytest.mark.ci_oldest
 def test_old_checkpoints_go(files: Path, two_processes: dict[str, Run]) -> None:
     assert [path.name for path in checkpoints(files / "out" / "zero3-whole")] == ["step_000002"]
 
 
+@pytest.mark.ci_oldest
 def test_a_checkpoint_goes_on_with_what_wrote_it(two_processes: dict[str, Run]) -> None:
     run = two_processes["another engine"]
     assert run.exit_code == 2 and "was saved with engine deepspeed, this run has engine megatron" in one_line(
@@ -95,6 +98,7 @@ def test_a_checkpoint_goes_on_with_what_wrote_it(two_processes: dict[str, Run]) 
     assert run.exit_code == 2 and "was saved with tp 1, this run has tp 2" in one_line(run.stderr)
 
 
+@pytest.mark.ci_oldest
 def test_a_checkpoint_is_a_model_for_every_command(two_processes: dict[str, Run]) -> None:
     assert two_processes["as a model"].exit_code == 0, two_processes["as a model"].stderr
 

@@ -95,28 +95,33 @@ def pair() -> list[dict[str, Any]]:
     return run_distributed(two_ranks, 2, timeout_s=TIMEOUT_S)
 
 
+@pytest.mark.ci_oldest
 def test_ranks_have_unequal_shares(pair: list[dict[str, Any]]) -> None:
     """Else the tests above would prove less than they say."""
     (counts_0, tokens_0), (counts_1, tokens_1) = pair[0]["counts"]
     assert counts_0 != counts_1 and tokens_0 != tokens_1
 
 
+@pytest.mark.ci_oldest
 def test_offload_to_the_host(pair: list[dict[str, Any]]) -> None:
     for stage, (where, error) in pair[0]["offload"].items():
         assert error < dc.PRECISION, (stage, where)
 
 
+@pytest.mark.ci_oldest
 def test_ulysses_is_the_same_attention(pair: list[dict[str, Any]]) -> None:
     for found in pair:
         for stage, (where, error) in found["ulysses"].items():
             assert error < dc.PRECISION, (stage, where)
 
 
+@pytest.mark.ci_oldest
 def test_bf16_up_to_its_rounding(pair: list[dict[str, Any]]) -> None:
     for run, (where, error) in pair[0]["bf16"].items():
         assert error < 0.05, (run, where, error)
 
 
+@pytest.mark.ci_oldest
 def test_a_step_that_is_not_finite_updates_nothing(pair: list[dict[str, Any]]) -> None:
     for found in pair:
         for stage, (metrics, same, after) in enumerate(found["nonfinite"]):
@@ -125,6 +130,7 @@ def test_a_step_that_is_not_finite_updates_nothing(pair: list[dict[str, Any]]) -
             assert after["updated"] == 1 and math.isfinite(after["grad_norm"]), stage
 
 
+@pytest.mark.ci_oldest
 def test_split_groups_are_refused_where_they_do_not_work(pair: list[dict[str, Any]]) -> None:
     assert "ZeRO-3 with split groups" in pair[0]["refused"][3]
     assert "adds gradients up in torch.bfloat16" in pair[0]["refused"][2]

@@ -18,7 +18,7 @@ from megatron_prefix.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*ROOT.glob("examples/*.sh"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"])
-PAGES = [ROOT / "README.md", *ROOT.glob("examples/*.sh"), *ROOT.glob("examples/*.py")]
+PAGES = [ROOT / "README.md", *ROOT.glob("examples/**/*.md"), *ROOT.glob("examples/*.sh"), *ROOT.glob("examples/*.py")]
 
 
 def example(name: str) -> ModuleType:
@@ -76,7 +76,7 @@ def commands(text: str) -> list[list[str]]:
     found = []
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         line = line.strip().removeprefix("$ ")
-        if re.match(r"\w+=|bash |python|torchrun |megatron-prefix |GLOO", line):
+        if re.match(r"\w+=|bash |python|torchrun |deepspeed |megatron-prefix |GLOO", line):
             words = shlex.split(line, comments=True)
             starts = [i for i, word in enumerate(words) if word in ("megatron-prefix", "megatron_prefix", "bash")
                       or word.endswith(".py")]  # fmt: skip
