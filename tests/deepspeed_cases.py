@@ -24,8 +24,16 @@ from tests.mcore_helpers import start, tiny_config
 STEPS = 5
 PRECISION = 1e-5
 WHOLE, SPLIT = 30, 14  # most rows of a micro-batch: every group fits, and some are split
-# Small buckets: several a step, and gradients that are larger than one. Fresh memory is filled with NaN in tests.
-BUCKETS = {"reduce_bucket_size": 3000, "allgather_bucket_size": 3000}
+# Small buckets: several a step, and gradients that are larger than one. ZeRO-3 shards these small parameters, too, and
+# gathers them for each use, as it does with large ones.
+ZERO = {
+    "reduce_bucket_size": 3000,
+    "allgather_bucket_size": 3000,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
 LOSS = LossConfig(kl_coef=0.1)
 
 
@@ -43,7 +51,7 @@ class Case:
 
     @property
     def settings(self) -> TrainSettings:
-        return TrainSettings(learning_rate=2e-3, weight_decay=0.1, clip_grad=self.clip_grad, chunk_rows=7)
+        return TrainSettings(learning_rate=1e-3, weight_decay=0.1, clip_grad=self.clip_grad, chunk_rows=3)
 
 
 def start_deepspeed(rank: int, **sizes: int) -> None:
@@ -100,7 +108,7 @@ def by_deepspeed(
 ) -> PackTrainer:
     from megatron_prefix.deepspeed.training import DeepSpeedTrainer
 
-    zero = {"stage": stage, **BUCKETS, **config.pop("zero", {})}
+    zero = {"stage": stage, **ZERO, **config.pop("zero", {})}
     return DeepSpeedTrainer(build(case, layer_spec), case.settings, LOSS, {"zero_optimization": zero, **config})
 
 
