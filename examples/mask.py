@@ -1,6 +1,8 @@
 """Draw the attention mask of a pack beside that of repeated prefixes, coloured by the kernel call that computes it.
 
-python examples/mask.py --out mask.png
+    python examples/mask.py --out mask.png
+
+writes the first picture of the README.
 """
 
 from __future__ import annotations

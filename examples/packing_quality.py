@@ -1,21 +1,22 @@
-"""How near a planned step comes to the best that sharing prefixes can save, on three kinds of rollouts.
+"""How near a planned step comes to the best that sharing prefixes can save, on four kinds of rollouts.
 
     python examples/packing_quality.py --out packing_quality.png --json packing_quality.json
 
-Saving is modelled time of repeated prefixes over that of prefix groups (`CostModel` of Qwen3-8B on an H100, from its
-data sheet). The bound gives both sides a perfect packing under the same token budget: all work even over the ranks, in
-as few micro-batches as the rows ask for, and with pipeline stages the bubble of as many even micro-batches as the plan
-has. "Achieved" has the planned step instead for the groups, and the perfect packing still for the repeated prefixes.
+Saving is the modelled time of a step of repeated prefixes over that of prefix groups, both planned by `StepPlanner`
+under the same token budget (`CostModel` of Qwen3-8B on an H100, from its data sheet). The bound gives both sides a
+perfect packing instead: all work even over ranks and stages, in as few micro-batches as the rows ask for, and no
+pipeline bubble.
 
-Lengths (lognormal, cut off at the longest):
+Lengths are drawn from quantiles of published logs of real jobs, straight lines between them:
 
-- math: prompts of 80 to 300 tokens, 16 answers of median 4,096 up to 20,480 tokens, the setting of DAPO
-  (arXiv 2503.14476: 512 prompts of 16 responses, at most 20,480 tokens, mean lengths of thousands).
-- documents: questions on a document of 8k to 24k tokens, answers of median 400 up to 2,048, 16 each (prompts of 16k and
-  short answers, the case of Prefix Grouper, arXiv 2506.05433).
-- agents: a system prompt with tools of 3,000 tokens, a task of 200 to 2,000, then eight trajectories of up to six turns
-  (a policy's turn of median 200 tokens, a tool's output of median 600) of which some fork after a shared turn, as tree
-  search rollouts do (Tree-GRPO, arXiv 2509.21240).
+- math: GRPO of Qwen2.5-32B on DAPO's questions, 1,152 groups of eight (PolyTrace, arXiv 2509.25279, `verl/profile`).
+- code: DeepCoder-14B, answers up to 16,000 tokens, 80 groups of eight (PolyTrace, `rllm/profile`): the case of short
+  prompts and long answers. In both a group draws the median length of its answers, and each answer its ratio to that.
+- documents: 3,928 requests of 8k to 24k tokens of the conversation trace of Mooncake (FAST '25): long prompts and short
+  answers, the case of Prefix Grouper (arXiv 2506.05433). A trace of requests has no groups: 16 answers are drawn each.
+- agents: 10,287 rollouts of Search-R1 with a 7B model (PolyTrace, `search_r1/profile`): turns of a rollout, tokens of a
+  turn and of a search result. Trees as Tree-GRPO (arXiv 2509.21240) makes them: four chains of turns below a prompt,
+  each with one more chain from a turn of its own.
 """
 
 from __future__ import annotations
@@ -25,20 +26,21 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from megatron_prefix import RolloutGroup, RolloutTree, TokenCount, TreeNode
-from megatron_prefix.balanced_plan import Group, PipelineShape
+from megatron_prefix.balanced_plan import Group, PipelineShape, as_tree
 from megatron_prefix.balancing import StepPlanner
 from megatron_prefix.cost_model import CostModel
 from megatron_prefix.hardware import DEVICES
 from megatron_prefix.model_config import ModelConfig
-from megatron_prefix.pipeline_plan import even_bubble
+from megatron_prefix.rollout_tree import alone
 from megatron_prefix.workload import Workload
 
 QWEN3_8B = ModelConfig(
@@ -57,46 +59,83 @@ COLUMNS = ("rollouts", "budget", "DP", "PP", "split", "micro-batches", "rows sav
            "share of bound", "balance", "planned in")  # fmt: skip
 
 
-def lognormal(draw: random.Random, median: float, sigma: float, most: int) -> int:
-    return max(1, min(most, round(median * draw.lognormvariate(0, sigma))))
+AT = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+"""Where the quantiles below are taken."""
+
+# fmt: off
+MATH_PROMPT = (86, 100, 108, 120, 130, 141, 152, 161, 175, 193, 224, 250, 356, 617)
+MATH_MEDIAN = (146, 278, 315, 393, 434, 478, 510, 549, 611, 670, 790, 883, 1124, 1640)
+MATH_RATIO = (0.0, 0.2, 0.36, 0.56, 0.71, 0.85, 1.0, 1.0, 1.13, 1.37, 1.88, 2.52, 5.19, 19.16)
+CODE_PROMPT = (76, 151, 176, 270, 337, 390, 440, 497, 568, 653, 823, 969, 1777, 1777)
+CODE_MEDIAN = (648, 1445, 2554, 4138, 5473, 7551, 10952, 13205, 14113, 15164, 16000, 16000, 16000, 16000)
+CODE_RATIO = (0.37, 0.68, 0.76, 0.84, 0.9, 0.96, 1.0, 1.0, 1.01, 1.08, 1.2, 1.31, 2.29, 3.45)
+DOCUMENT = (8192, 8632, 9066, 10027, 11179, 12339, 13780, 15196, 16706, 18558, 20879, 22698, 24157, 24554)
+ANSWER = (1, 11, 26, 124, 241, 310, 361, 405, 447, 499, 585, 689, 1065, 2000)
+TASK = (316, 316, 316, 316, 317, 317, 317, 318, 318, 319, 320, 321, 326, 332)
+TURN = (1, 28, 29, 31, 34, 40, 57, 70, 85, 105, 139, 172, 260, 3004)
+RESULT = (33, 449, 464, 481, 495, 508, 521, 534, 549, 574, 911, 1035, 1467, 10349)
+# fmt: on
+TURNS = {1: 787, 2: 4405, 3: 3503, 4: 1090, 5: 502}
+"""Rollouts with so many turns of the policy."""
+
+
+def from_quantiles(draw: random.Random, quantiles: tuple[float, ...]) -> float:
+    return float(np.interp(draw.random(), AT, quantiles))
+
+
+def tokens(draw: random.Random, quantiles: tuple[float, ...]) -> TokenCount:
+    return TokenCount(max(1, round(from_quantiles(draw, quantiles))))
+
+
+def group_of_8(
+    draw: random.Random, prompt: tuple[float, ...], median: tuple[float, ...], ratio: tuple[float, ...], longest: int
+) -> RolloutGroup:
+    middle = from_quantiles(draw, median)
+    lengths = [min(longest, max(1, round(middle * from_quantiles(draw, ratio)))) for _ in range(8)]
+    return RolloutGroup(tokens(draw, prompt), [TokenCount(n) for n in lengths], [0.0] * 8)
 
 
 def math_group(draw: random.Random) -> RolloutGroup:
-    responses = [TokenCount(lognormal(draw, 4096, 0.7, 20480)) for _ in range(16)]
-    return RolloutGroup(TokenCount(draw.randint(80, 300)), responses, [0.0] * 16)
+    return group_of_8(draw, MATH_PROMPT, MATH_MEDIAN, MATH_RATIO, longest=10112)
+
+
+def code_group(draw: random.Random) -> RolloutGroup:
+    return group_of_8(draw, CODE_PROMPT, CODE_MEDIAN, CODE_RATIO, longest=16000)
 
 
 def document_group(draw: random.Random) -> RolloutGroup:
-    responses = [TokenCount(lognormal(draw, 400, 0.6, 2048)) for _ in range(16)]
-    return RolloutGroup(TokenCount(draw.randint(8192, 24576)), responses, [0.0] * 16)
+    return RolloutGroup(tokens(draw, DOCUMENT), [tokens(draw, ANSWER) for _ in range(16)], [0.0] * 16)
 
 
 def agent_tree(draw: random.Random) -> RolloutTree:
-    """Depth first: what trajectories share, then each by itself; a tool's output after every turn but the last."""
-    nodes = [TreeNode(TokenCount(3000 + draw.randint(200, 2000)), -1)]
+    """Depth first: the turns that two rollouts share, then those of each; a result after every turn but the last."""
+    nodes = [TreeNode(tokens(draw, TASK), -1)]
 
-    def grow(parent: int, rollouts: tuple[int, ...], turns: int) -> None:
-        nodes.append(TreeNode(TokenCount(lognormal(draw, 200, 0.7, 2048)), parent, rollouts))
-        if turns <= 1 and len(rollouts) == 1:
-            return
-        nodes.append(TreeNode(TokenCount(lognormal(draw, 600, 0.9, 8192)), len(nodes) - 1))
-        below = len(nodes) - 1
-        cut = draw.randint(1, len(rollouts) - 1) if len(rollouts) > 1 else 0
-        for some in (rollouts[:cut], rollouts[cut:]):
-            if some:
-                grow(below, some, turns - 1)
+    def chain(parent: int, turns: int, rollouts: tuple[int, ...], *, ends: bool) -> int:
+        for turn in range(turns):
+            nodes.append(TreeNode(tokens(draw, TURN), parent, rollouts))
+            parent = len(nodes) - 1
+            if not ends or turn < turns - 1:
+                nodes.append(TreeNode(tokens(draw, RESULT), parent))
+                parent = len(nodes) - 1
+        return parent
 
     for first in range(0, 8, 2):
-        grow(0, (first, first + 1), draw.randint(3, 6))
+        turns, other = draw.choices(list(TURNS), list(TURNS.values()), k=2)
+        shared = draw.randint(0, turns - 1)
+        fork = chain(0, shared, (first, first + 1), ends=False)
+        chain(fork, turns - shared, (first,), ends=True)
+        chain(fork, max(1, other - shared), (first + 1,), ends=True)
     return RolloutTree(tuple(nodes), (0.0,) * 8)
 
 
 KINDS: dict[str, tuple[Callable[[random.Random], Group], tuple[int | None, ...]]] = {
-    "math": (math_group, (32768, 131072)),
-    "documents": (document_group, (28672, 65536)),
-    "agents": (agent_tree, (24576, 65536)),
+    "math": (math_group, (16384, 65536)),
+    "code": (code_group, (32768, 131072)),
+    "documents": (document_group, (24576, 65536)),
+    "agents": (agent_tree, (16384, 65536)),
 }
-"""Of each kind, a group, and budgets of which the first makes the planner split groups."""
+"""Of each kind, a group, and a small and a large budget."""
 
 
 @dataclass(frozen=True)
@@ -122,17 +161,19 @@ class Quality:
         return self.saving / self.bound
 
 
-def perfect(planner: StepPlanner, works: list[Workload], microbatches: int | None) -> float:
-    """Modelled seconds of the work, even over ranks, in as few micro-batches as the budget allows.
-
-    With stages: the bubble of ``microbatches`` even ones, or of as few as the budget allows.
-    """
+def perfect(planner: StepPlanner, works: list[Workload]) -> float:
+    """Modelled seconds of the work, even over ranks and stages, in as few micro-batches as the budget allows."""
     total = sum(works, Workload())
     fewest = -(-total.rows // ((planner.max_tokens_per_pack or total.rows) * planner.dp_size))
-    cost = sum(planner.cost.cost(work) - planner.cost.level * work.levels for work in works)
-    seconds = cost / planner.dp_size + fewest * planner.cost.microbatch
-    stages = planner.pipeline.stages
-    return seconds / stages / (1 - even_bubble(microbatches or fewest, stages))
+    cost = sum(planner.cost.without_levels(work) for work in works)
+    return (cost / planner.dp_size + fewest * planner.cost.microbatch) / planner.pipeline.stages
+
+
+def repeated_rollouts(group: Group) -> list[RolloutTree]:
+    """Every rollout as one segment by itself, its prefix encoded again."""
+    tree = as_tree(group)
+    singles = [alone(tree, rollout) for rollout in range(len(tree.rewards))]
+    return [replace(t, nodes=tuple(replace(n, joined=n.parent >= 0) for n in t.nodes)) for t in singles]
 
 
 def measure(kind: str, groups: list[Group], planner: StepPlanner) -> Quality:
@@ -141,10 +182,7 @@ def measure(kind: str, groups: list[Group], planner: StepPlanner) -> Quality:
     plan = planner.plan(groups)
     seconds = time.process_time() - begun
     grouped, repeated = [Workload.of_group(g) for g in groups], [Workload.repeated(g) for g in groups]
-    # The repeated rollouts fill more micro-batches under the budget; where the plan has more still, they may too.
-    rows = sum(work.rows for work in repeated)
-    asked = -(-rows // ((planner.max_tokens_per_pack or rows) * planner.dp_size))
-    baseline = perfect(planner, repeated, max(asked, plan.num_microbatches))
+    baseline = planner.plan([single for group in groups for single in repeated_rollouts(group)])
     return Quality(
         kind=kind,
         budget=planner.max_tokens_per_pack or 0,
@@ -153,9 +191,9 @@ def measure(kind: str, groups: list[Group], planner: StepPlanner) -> Quality:
         groups=len(groups),
         split=plan.num_splits,
         microbatches=plan.num_microbatches,
-        rows_saved=rows / sum(work.rows for work in grouped),
-        saving=baseline / plan.seconds,
-        bound=baseline / perfect(planner, grouped, plan.num_microbatches),
+        rows_saved=sum(work.rows for work in repeated) / sum(work.rows for work in grouped),
+        saving=baseline.seconds / plan.seconds,
+        bound=perfect(planner, repeated) / perfect(planner, grouped),
         balance=plan.balance,
         seconds=seconds,
     )
@@ -163,7 +201,7 @@ def measure(kind: str, groups: list[Group], planner: StepPlanner) -> Quality:
 
 def draw_picture(found: list[Quality], path: Path) -> None:
     """Achieved saving beside the bound, a panel per kind."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(KINDS)), KINDS, strict=True):
         mine = [each for each in found if each.kind == kind]
         at = range(len(mine))

@@ -56,12 +56,14 @@ class GroupLoad:
         group: its lengths are read.
         work: of the whole group.
         limit: most rows of a micro-batch, None for any number.
+        cost: modelled time of its parts.
     """
 
     index: int
     group: Group = field(repr=False)
     work: Workload
     limit: int | None
+    cost: CostModel = field(repr=False)
 
     @property
     def fits(self) -> bool:
@@ -80,7 +82,7 @@ class GroupLoad:
         """Parts that it is split into at the least, 0 where it fits."""
         if self.limit is None or self.fits:
             return 0
-        return len(best_fit([work.rows for work in self.cut.works], self.limit))
+        return len(best_fit(self.cut.rows, self.limit))
 
     @cached_property
     def cut(self) -> Cut:
@@ -90,8 +92,8 @@ class GroupLoad:
             ValueError: it does not fit, nor does its prefix or one of its responses; names the limit that is needed.
         """
         if isinstance(self.group, RolloutGroup):
-            cut = Cut.of_group(self.group)
-            if self.limit is None or max(work.rows for work in (cut.prefix_work, *cut.works)) <= self.limit:
+            cut = Cut.of_group(self.group, self.cost)
+            if self.limit is None or max(cut.prefix_work.rows, *cut.rows) <= self.limit:
                 return cut
         tree = as_tree(self.group.lengths_only())
         if self.limit is None or self.fits:
@@ -100,24 +102,40 @@ class GroupLoad:
             prefix = prefix_nodes(tree, self.limit, group_name(self.group, self.index))
         subtrees = subtrees_below(tree, prefix)
         prefix_work, *works = Workload.of_nodes(tree, [prefix, *subtrees])
-        return Cut(prefix, prefix_work, subtrees, works)
+        rows, levels = [work.rows for work in works], [work.levels for work in works]
+        return Cut(prefix, prefix_work, subtrees, rows, [self.cost.without_levels(work) for work in works], levels)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A group's prefix and the subtrees below it, with the work of each."""
+    """A group's prefix and the subtrees below it.
+
+    Attributes:
+        prefix: its nodes.
+        prefix_work: counts of the prefix.
+        subtrees: nodes of each.
+        rows: of each subtree.
+        costs: modelled time of each, beside the varlen calls of levels.
+        levels: of each.
+    """
 
     prefix: list[int]
     prefix_work: Workload
     subtrees: list[list[int]]
-    works: list[Workload]
+    rows: list[int]
+    costs: list[float]
+    levels: list[int]
 
     @classmethod
-    def of_group(cls, group: RolloutGroup) -> Cut:
+    def of_group(cls, group: RolloutGroup, cost: CostModel) -> Cut:
         """Of a plain group, without the tree that it is."""
-        works = [Workload.of_response(len(group.prompt) - 1, len(tokens)) for tokens in group.responses]
-        prefix = Workload.of_lengths(len(group.prompt) - 1, [])
-        return cls([0], prefix, [[i + 1] for i in range(len(works))], works)
+        prefix = len(group.prompt) - 1
+        rows = [len(tokens) for tokens in group.responses]
+        numbers = range(1, len(rows) + 1)
+        levels = [1 if prefix else 0] * len(rows)
+        return cls(
+            [0], Workload.of_lengths(prefix, []), [[i] for i in numbers], rows, cost.responses(prefix, rows), levels
+        )
 
     @cached_property
     def has_rows(self) -> bool:
@@ -177,7 +195,7 @@ class StepPlanner:
         Raises:
             ValueError: a response or the prefix of a group that does not fit is itself over the limit.
         """
-        load = GroupLoad(index, group, Workload.of_group(group), self.max_tokens_per_pack)
+        load = GroupLoad(index, group, Workload.of_group(group), self.max_tokens_per_pack, self.cost)
         if not load.fits:
             _ = load.cut
         return load
@@ -235,27 +253,23 @@ class StepPlanner:
     def _lower_bound(self, loads: Sequence[GroupLoad], count: int) -> float:
         limit = self.max_tokens_per_pack
         packs = [1 if limit is None else -(-load.work.rows // limit) for load in loads]
-        alone = [self.without_levels(load.work) for load in loads]
+        alone = [self.cost.without_levels(load.work) for load in loads]
         together = 1 if limit is None else -(-sum(load.work.rows for load in loads) // (limit * self.dp_size))
         single = max(cost + n * self.cost.microbatch for cost, n in zip(alone, packs, strict=True))
         seconds = max(least_makespan(alone, self.dp_size) + together * self.cost.microbatch, single)
         return seconds / self.pipeline.stages / (1 - self._even_bubble(count))
 
-    def without_levels(self, work: Workload) -> float:
-        """Modelled seconds of some rows of a micro-batch, beside its varlen calls."""
-        return self.cost.cost(work) - self.cost.level * work.levels
-
     def _cost_of(self, load: GroupLoad) -> float:
         """What the group adds to a rank; groups in one micro-batch share the calls of a level."""
         if load.fits:
-            return self.without_levels(load.work)
-        work = self.cost.cost(load.cut.prefix_work) + sum(map(self.without_levels, load.cut.works))
+            return self.cost.without_levels(load.work)
+        work = self.cost.cost(load.cut.prefix_work) + sum(load.cut.costs)
         return work + (load.least_parts + load.cut.has_rows) * self.cost.microbatch
 
     def pack_cost(self, works: Sequence[Workload]) -> float:
         """Modelled seconds of a micro-batch of all these."""
         levels = max(work.levels for work in works)
-        return sum(map(self.without_levels, works)) + levels * self.cost.level + self.cost.microbatch
+        return sum(map(self.cost.without_levels, works)) + levels * self.cost.level + self.cost.microbatch
 
 
 def _refuse(ranks: Sequence[_Rank], fewest: int) -> None:
@@ -326,16 +340,14 @@ class _Rank:
     def _split(self, n: int, count: int) -> tuple[SplitGroup, list[float]]:
         """Group ``n`` in ``count`` parts, and the cost of each of its micro-batches."""
         cut, cost = self.loads[n].cut, self.planner.cost
-        rows = [work.rows for work in cut.works]
-        costs = [self.planner.without_levels(work) for work in cut.works]
 
         def cost_of(part: list[int]) -> float:
-            levels = max(cut.works[i].levels for i in part)
-            return sum(costs[i] for i in part) + levels * cost.level + cost.microbatch
+            levels = max(cut.levels[i] for i in part)
+            return sum(cut.costs[i] for i in part) + levels * cost.level + cost.microbatch
 
         # Without stages only the sum of the parts counts.
         enough = _ENOUGH if self.planner.pipeline.stages > 1 else math.inf
-        sets = spread(costs, count, rows=rows, limit=self.limit, enough=enough)
+        sets = spread(cut.costs, count, rows=cut.rows, limit=self.limit, enough=enough)
         parts = sorted(((cost_of(each), each) for each in sets), key=lambda part: -part[0])
         nodes = tuple(tuple(sorted(node for i in each for node in cut.subtrees[i])) for _, each in parts)
         found = [self.planner.pack_cost([cut.prefix_work])] * cut.has_rows + [each for each, _ in parts]

@@ -7,6 +7,7 @@ measurements on it (`mcore.calibration`).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -105,6 +106,16 @@ class CostModel:
             + self.merged_row * work.merged_rows
             + self.level * work.levels
         )
+
+    def without_levels(self, work: Workload) -> float:
+        """`cost` beside the varlen calls of levels, which groups in one micro-batch share."""
+        return self.cost(work) - self.level * work.levels
+
+    def responses(self, prefix: int, lengths: Sequence[int]) -> list[float]:
+        """`without_levels` of each response of so many rows to a prefix of so many that is in another pack."""
+        row = self.row + self.target_row + self.pair * prefix + (self.merged_row if prefix else 0.0)
+        half = self.pair / 2
+        return [length * (row + half * (length + 1)) for length in lengths]
 
     def saving(self, group: RolloutGroup | RolloutTree) -> float:
         """Modelled time that sharing a group's prefix saves; negative where it does not pay."""

@@ -48,7 +48,9 @@ def order_jobs(
     All have waves of split groups: the A of a wave, its parts, its C. There are 1, 2, 3, ... waves; the next wave's A
     may share turns with the C, or come after or before them; groups that fit come last or before the last C. Groups,
     their parts, and the packs of groups that fit keep their order, or a wave's parts go from the largest to the
-    smallest, whatever their groups, so that stages that are at different micro-batches have equal work.
+    smallest, whatever their groups, so that stages that are at different micro-batches have equal work. In the first
+    wave some of all sizes may come before those, the smallest first: a large micro-batch at the start keeps all later
+    stages waiting for it.
 
     Args:
         jobs: from `pipeline_jobs`, with the backward.
@@ -62,7 +64,7 @@ def order_jobs(
     """
     kept = list(range(len(jobs)))
     groups = sum(job.kind == "A" for job in jobs)
-    if num_stages == 1 or not groups:
+    if num_stages == 1:
         return _apart(kept)
     share = num_chunks or 1
     times = [(job.forward / share, job.backward / share) for job in jobs]
@@ -84,13 +86,13 @@ def order_jobs(
 
     one_by_one = measured(_apart(kept))
     cap = max_live_prefixes or groups
-    sizes = sorted(size for size in {-(-groups // waves) for waves in range(1, groups + 1)} if size <= cap)
+    sizes = sorted(size for size in {-(-groups // waves) for waves in range(1, groups + 1)} if size <= cap) or [1]
     found = [one_by_one]
     for size, whole_last in product(sizes, (True, False)):
         late, early = (_in_waves(jobs, size, early, whole_last) for early in (False, True))
         found += map(measured, (_shared(jobs, late), _apart(late), _apart(early)))
-    for size in sizes:
-        mixed = _in_waves(jobs, size, early=False, whole_last=True, mixed=True)
+    for size, rising in product(sizes, (0, num_stages, 4 * num_stages)):
+        mixed = _in_waves(jobs, size, early=False, whole_last=True, rising=rising)
         found += map(measured, (_shared(jobs, mixed), _apart(mixed)))
     if max_live_prefixes is not None:
         limit = max(max_live_prefixes, one_by_one.live)
@@ -127,10 +129,13 @@ def _shared(jobs: Sequence[PipelineJob], order: Sequence[int]) -> list[Turn]:
     return turns
 
 
-def _in_waves(jobs: Sequence[PipelineJob], size: int, early: bool, whole_last: bool, mixed: bool = False) -> list[int]:
+def _in_waves(
+    jobs: Sequence[PipelineJob], size: int, early: bool, whole_last: bool, rising: int | None = None
+) -> list[int]:
     """``size`` split groups at a time; ``early``: the A of the next wave before the C of the last.
 
-    ``mixed``: the parts of a wave from the largest to the smallest, groups that fit among those of the last wave.
+    ``rising``: the A of a wave from the smallest to the largest and its parts from the largest to the smallest, groups
+    that fit among those of the last wave; in the first one after so many of all sizes, from the smallest.
     """
     of_kind: dict[str, dict[int, list[int]]] = {kind: {} for kind in "ABC"}
     whole = []
@@ -140,14 +145,23 @@ def _in_waves(jobs: Sequence[PipelineJob], size: int, early: bool, whole_last: b
         else:
             of_kind[job.kind].setdefault(job.prefix, []).append(i)
     prefixes = list(of_kind["A"])
-    waves = [prefixes[first : first + size] for first in range(0, len(prefixes), size)]
+    waves = [prefixes[first : first + size] for first in range(0, len(prefixes), size)] or [[]]
     begins, parts, ends = ([[i for p in wave for i in of_kind[kind][p]] for wave in waves] for kind in "ABC")
-    if mixed:
+    if rising is not None:
         parts[-1], whole = parts[-1] + whole, []
+        begins = [sorted(wave, key=lambda i: jobs[i].work) for wave in begins]
         parts = [sorted(wave, key=lambda i: -jobs[i].work) for wave in parts]
+        parts[0] = _rise_and_fall(parts[0], rising)
     order = list(begins[0])
     for n in range(len(waves)):
         is_last = n == len(waves) - 1
         middle = [[] if is_last else begins[n + 1], [] if is_last and not whole_last else ends[n]]
         order += parts[n] + (middle[0] + middle[1] if early else middle[1] + middle[0])
     return [*order, *whole, *([] if whole_last else ends[-1])]
+
+
+def _rise_and_fall(falling: Sequence[int], rising: int) -> list[int]:
+    """So many of ``falling``, spread evenly over it, from the last to the first, and then the others."""
+    last = len(falling) - 1
+    up = {last - round(n * last / rising) for n in range(rising)} if rising else set()
+    return [falling[i] for i in sorted(up, reverse=True)] + [i for at, i in enumerate(falling) if at not in up]

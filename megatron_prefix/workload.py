@@ -61,11 +61,6 @@ class Workload:
         return cls(prefix + rows, rows, pairs, merged, 1 if merged else 0)
 
     @classmethod
-    def of_response(cls, prefix: int, rows: int) -> Workload:
-        """Of a response to a prefix of so many rows that are in another pack."""
-        return cls(rows, rows, prefix * rows + _triangle(rows), rows if prefix else 0, 1 if prefix else 0)
-
-    @classmethod
     def of_nodes(cls, tree: RolloutTree, packs: Iterable[Sequence[int]]) -> list[Workload]:
         """Of the packs of a split tree, each given by its nodes; ancestors' keys may be in another of them."""
         packs = [list(nodes) for nodes in packs]

@@ -138,14 +138,15 @@ def differences(case: Case, runs: Sequence[tuple[str, dict[str, Any]]]) -> dict[
 
 
 def nonfinite_step(case: Case, stage: int) -> tuple[dict[str, float], bool, dict[str, float]]:
-    """A step whose loss is NaN on one rank, whether it changed a parameter, and the step after it."""
+    """A step whose loss is infinite on one rank, whether it changed a parameter, and the step after it."""
     trainer = by_deepspeed(case, stage)
     inputs = inputs_of(trainer, case)
     trainer.step(inputs)
     before = parameters_of(trainer)
     broken = inputs
     if trainer.dp_group.rank() == 0:
-        broken = [replace(inputs[0], old_log_probs=inputs[0].old_log_probs * torch.nan), *inputs[1:]]
+        nowhere = torch.full_like(inputs[0].old_log_probs, -torch.inf)  # the loss is infinite, its gradient is not
+        broken = [replace(inputs[0], ref_log_probs=nowhere), *inputs[1:]]
     metrics = trainer.step(broken)
     after = parameters_of(trainer)
     same = all(torch.equal(value, after[name]) for name, value in before.items())

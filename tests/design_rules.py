@@ -15,6 +15,7 @@ TOP_LEVEL = {
     *(PACKAGE, "patches", "examples", "tests"),
     *("setup.py", "README.md", "LICENSE", "pyproject.toml", "MANIFEST.in"),
 }
+FRAMEWORKS = {"ms_swift": {"swift", "mcore_bridge"}}  # package of ours: top-level modules that only it imports
 COLLECTIVE = re.compile(
     r"(all_reduce|all_gather|reduce_scatter|broadcast|all_to_all|gather|scatter|reduce|barrier|monitored_barrier)"
     r"(_single|_object|_object_list|_into_tensor|_tensor|_coalesced)*"
@@ -32,8 +33,8 @@ MACHINE_PATH = re.compile(r"(?<![\w.}])/(?:work|root|home/\w+|Users/\w+|tmp/(?:h
 
 
 def megatron_only_in_host_modules(path: PurePosixPath, source: str) -> Iterator[str]:
-    """Only mcore/, cli/, deepspeed/ and specs.py import megatron."""
-    if _inside(path, "mcore", "cli", "deepspeed") or _is(path, "specs.py"):
+    """Only mcore/, cli/, specs.py and the packages of frameworks built on it import megatron."""
+    if _inside(path, "mcore", "cli", "deepspeed", *FRAMEWORKS) or _is(path, "specs.py"):
         return
     for line, name in _imports(ast.parse(source)):
         if name == "megatron" or name.startswith("megatron."):
@@ -53,6 +54,14 @@ def deepspeed_only_in_its_package(path: PurePosixPath, source: str) -> Iterator[
             continue
         if not _inside(path, "cli") or line in at_top or not (of_package or name == "deepspeed.utils.logger"):
             yield f"{path}:{line}: imports {name}"
+
+
+def frameworks_in_their_own_package(path: PurePosixPath, source: str) -> Iterator[str]:
+    """A host framework is imported by the package of its name only."""
+    for line, name in _imports(ast.parse(source)):
+        for package, modules in FRAMEWORKS.items():
+            if name.partition(".")[0] in modules and not _inside(path, package):
+                yield f"{path}:{line}: imports {name}"
 
 
 def collectives_in_one_module(path: PurePosixPath, source: str) -> Iterator[str]:
@@ -160,6 +169,7 @@ def attention_reads_nothing_back(path: PurePosixPath, source: str) -> Iterator[s
 PACKAGE_RULES: tuple[Callable[[PurePosixPath, str], Iterator[str]], ...] = (
     megatron_only_in_host_modules,
     deepspeed_only_in_its_package,
+    frameworks_in_their_own_package,
     collectives_in_one_module,
     environment_only_in_cli,
     no_module_level_state,

@@ -155,3 +155,11 @@ def test_counts_of_a_split_tree_are_those_of_its_packs(tree: RolloutTree, limit:
     nodes = [split.prefix, *split.parts][-len(packs) :]
     built = [Workload.of_layout(pack.layout, len(pack.response_rows)) for pack in packs]
     assert Workload.of_nodes(tree, [split.prefix, *split.parts])[-len(nodes) :] == built
+
+
+@given(st.integers(0, 9), st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_responses_cost_what_their_counts_do(prefix: int, lengths: list[int]) -> None:
+    cost = CostModel(row=1.0, target_row=0.7, pair=0.3, merged_row=0.2, level=5.0, microbatch=9.0)
+    group = RolloutGroup([1] * (prefix + 1), [[2] * n for n in lengths], [0.0] * len(lengths))
+    works = Workload.of_nodes(RolloutTree.from_group(group), [[0], *([i + 1] for i in range(len(lengths)))])[1:]
+    assert cost.responses(prefix, lengths) == pytest.approx([cost.without_levels(work) for work in works])

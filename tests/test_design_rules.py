@@ -20,6 +20,8 @@ BAD: list[tuple[Rule, str, str]] = [
     (rules.deepspeed_only_in_its_package, "mcore/a.py", "def f():\n    import deepspeed.runtime"),
     (rules.deepspeed_only_in_its_package, "cli/a.py", "from megatron_prefix.deepspeed.mpu import MegatronMpu"),
     (rules.deepspeed_only_in_its_package, "cli/a.py", "def f():\n    from deepspeed.ops import adam"),
+    (rules.frameworks_in_their_own_package, "mcore/a.py", "from swift.megatron import trainers"),
+    (rules.frameworks_in_their_own_package, "cli/a.py", "def f():\n    import mcore_bridge"),
     (rules.collectives_in_one_module, "mcore/a.py", "import torch.distributed as dist\ndist.all_reduce(x)"),
     (rules.collectives_in_one_module, "a.py", "import torch\ntorch.distributed.all_gather_into_tensor(x, y)"),
     (rules.collectives_in_one_module, "a.py", "from torch import distributed\nf = distributed.batch_isend_irecv"),
@@ -56,6 +58,9 @@ GOOD: list[tuple[Rule, str, str]] = [
     (rules.deepspeed_only_in_its_package, "deepspeed/a.py", "import deepspeed\nfrom deepspeed.ops import adam"),
     (rules.deepspeed_only_in_its_package, "cli/a.py", "def f():\n    from megatron_prefix.deepspeed import mpu"),
     (rules.deepspeed_only_in_its_package, "cli/a.py", "def f():\n    from deepspeed.utils import logger"),
+    (rules.megatron_only_in_host_modules, "ms_swift/a.py", "from megatron.core import parallel_state"),
+    (rules.frameworks_in_their_own_package, "ms_swift/a.py", "import swift.utils"),
+    (rules.frameworks_in_their_own_package, "a.py", "import megatron_prefix.ms_swift.micro_batch"),
     (rules.collectives_in_one_module, "collectives.py", "import torch.distributed as dist\ndist.all_reduce(x)"),
     (rules.collectives_in_one_module, "a.py", "import torch.distributed as dist\nn = dist.get_world_size()"),
     (

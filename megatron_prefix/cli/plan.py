@@ -158,6 +158,10 @@ def train_command_line(task: Task, model: str, choice: Choice) -> str:
             words.append(f"--num-layers-per-virtual-pipeline-stage {layers}")
         words += ["--sequence-parallel"] * (sizes.tp > 1)
         words += ["--use-distributed-optimizer"] * task.settings.distributed_optimizer
+        if choice.recompute != "none":
+            words.append(f"--recompute-granularity {choice.recompute}")
+        if choice.recompute == "full":
+            words.append("--recompute-method uniform --recompute-num-layers 1")
         return "`train` has no experts yet; in a Megatron-LM script: " + " ".join(words)
     nodes = max(1, cluster.num_gpus // cluster.gpus_per_node)
     words = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else [])]

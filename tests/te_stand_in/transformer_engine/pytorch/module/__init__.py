@@ -95,7 +95,7 @@ class Linear(_Module):
         assert tp_size == 1 and not sequence_parallel and not fuse_wgrad_accumulation
         assert parallel_mode in (None, "column", "row")
         self.in_features, self.out_features = in_features, out_features
-        self.use_bias, self.return_bias = bias, return_bias
+        self.use_bias, self.return_bias, self.tp_size = bias, return_bias, tp_size
         self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
         with torch.no_grad():
             init_method(self.weight)
