@@ -26,11 +26,12 @@ check_python() {
     echo "$version"
 }
 
+# DeepSpeed comes as source: nothing of it is compiled here, and on a GPU each of its kernels when it is first used.
 pip_install() {
     local bin="$1" attempt
     shift
     for attempt in 1 2 3; do
-        if "$bin/python" -m pip install --quiet --disable-pip-version-check "$@"; then
+        if DS_BUILD_OPS=0 "$bin/python" -m pip install --quiet --disable-pip-version-check "$@"; then
             return
         fi
         echo "pip install failed (attempt $attempt of 3): $*" >&2

@@ -69,7 +69,7 @@ def commands(text: str) -> list[list[str]]:
     found = []
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         line = line.strip().removeprefix("$ ")
-        if re.match(r"\w+=|bash |python|torchrun |megatron-prefix |GLOO", line):
+        if re.match(r"\w+=|bash |python|torchrun |deepspeed |megatron-prefix |GLOO", line):
             words = shlex.split(line, comments=True)
             starts = [i for i, word in enumerate(words) if word in ("megatron-prefix", "megatron_prefix", "bash")
                       or word.endswith(".py")]  # fmt: skip

@@ -24,9 +24,9 @@ from megatron_prefix.generation.tokenizer import ChatTokenizer
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.export_weights import export_weights
 from megatron_prefix.mcore.on_policy import OnPolicyRollouts, OnPolicySettings
+from megatron_prefix.mcore.pack_trainer import PackTrainer
 from megatron_prefix.mcore.parallel import ParallelSizes
 from megatron_prefix.mcore.step_plan import step_planner
-from megatron_prefix.mcore.training import PolicyTrainer
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.weights import check_exportable
 
@@ -105,7 +105,7 @@ class OnPolicyData:
         return self.settings.max_tokens is not None
 
     def source(
-        self, trainer: PolicyTrainer, cost: CostModel, steps: range, saved: Mapping[str, Any] | None
+        self, trainer: PackTrainer, cost: CostModel, steps: range, saved: Mapping[str, Any] | None
     ) -> OnPolicyRollouts:
         """See `StepData`."""
         planner = step_planner(trainer.config, trainer.dp_group.size(), cost, self.settings.max_tokens)
@@ -119,7 +119,7 @@ class OnPolicyData:
             f"steps {steps.start} to {steps.stop}"
         )
 
-    def _generator(self, trainer: PolicyTrainer) -> Generator:
+    def _generator(self, trainer: PackTrainer) -> Generator:
         if self.server is None:
             return LocalGenerator(trainer.model, self.sampling, trainer.dp_group)
         export = partial(export_weights, trainer.model, self.config, tokenizer_from=self.tokenizer_from)

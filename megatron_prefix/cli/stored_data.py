@@ -16,11 +16,11 @@ from megatron_prefix.context_parallel.choice import CpLayers, choose_plan
 from megatron_prefix.cost_model import CostModel
 from megatron_prefix.loss import LossConfig
 from megatron_prefix.mcore.core_attention import attention_layers
+from megatron_prefix.mcore.pack_trainer import PackTrainer
 from megatron_prefix.mcore.parallel import ParallelSizes
 from megatron_prefix.mcore.step_plan import plan_step, step_planner
 from megatron_prefix.mcore.step_source import StepSource, StoredRollouts
 from megatron_prefix.mcore.tokens import groups_on_this_rank
-from megatron_prefix.mcore.training import PolicyTrainer
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import has_log_probs
 from megatron_prefix.sampler import PrefixGroupSampler
@@ -47,7 +47,7 @@ class StepData(Protocol):
         """Whether a group may be cut into several micro-batches."""
 
     def source(
-        self, trainer: PolicyTrainer, cost: CostModel, steps: range, saved: Mapping[str, Any] | None
+        self, trainer: PackTrainer, cost: CostModel, steps: range, saved: Mapping[str, Any] | None
     ) -> StepSource:
         """For the steps, counted from 0, that are left; the policy is that of the run's start.
 
@@ -127,7 +127,7 @@ class StoredData:
         return bool(self.num_parts)
 
     def source(
-        self, trainer: PolicyTrainer, cost: CostModel, steps: range, saved: Mapping[str, Any] | None
+        self, trainer: PackTrainer, cost: CostModel, steps: range, saved: Mapping[str, Any] | None
     ) -> StoredRollouts:
         """See `StepData`; measures the old log-probs of all groups that are left."""
         groups, results = share_where_it_pays(self.groups, cost)

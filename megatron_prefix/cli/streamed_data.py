@@ -12,10 +12,10 @@ from megatron_prefix.cli.options import check_groups
 from megatron_prefix.cli.rollout_input import RolloutInput
 from megatron_prefix.cost_model import CostModel
 from megatron_prefix.loss import LossConfig
+from megatron_prefix.mcore.pack_trainer import PackTrainer
 from megatron_prefix.mcore.parallel import ParallelSizes
 from megatron_prefix.mcore.step_plan import step_planner
 from megatron_prefix.mcore.step_source import StreamedRollouts
-from megatron_prefix.mcore.training import PolicyTrainer
 from megatron_prefix.model_config import ModelConfig
 from megatron_prefix.packing import has_log_probs
 from megatron_prefix.sharing import share_where_it_pays
@@ -89,7 +89,7 @@ class StreamedData:
         return self.max_tokens is not None
 
     def source(
-        self, trainer: PolicyTrainer, cost: CostModel, steps: range, saved: Mapping[str, Any] | None
+        self, trainer: PackTrainer, cost: CostModel, steps: range, saved: Mapping[str, Any] | None
     ) -> StreamedRollouts:
         """See `StepData`."""
         planner = step_planner(trainer.config, trainer.dp_group.size(), cost, self.max_tokens)

@@ -16,6 +16,7 @@ from megatron_prefix.checkpoint_folder import latest_checkpoint
 from megatron_prefix.cli.comparison import compare_with_repeated, show_comparison
 from megatron_prefix.cli.console import print_json, progress_bar, stderr_console
 from megatron_prefix.cli.cost_option import cost_model_option, find_cost_model
+from megatron_prefix.cli.engine_options import EngineFlags, engine_options
 from megatron_prefix.cli.metrics import MetricsFlags, MetricsLog, metrics_options
 from megatron_prefix.cli.on_policy import OnPolicyData, check_on_policy
 from megatron_prefix.cli.on_policy_options import OnPolicyFlags, on_policy_options
@@ -33,15 +34,13 @@ from megatron_prefix.cli.resume import check_resume, check_same_model
 from megatron_prefix.cli.rollout_input import RolloutInput, rollout_input_options
 from megatron_prefix.cli.run_options import (
     SaveFlags,
-    bytes_per_parameter,
     save_options,
     schedule_options,
 )
 from megatron_prefix.cli.stored_data import StepData, StoredData
 from megatron_prefix.cli.streamed_data import StreamedData
 from megatron_prefix.loss import LossConfig
-from megatron_prefix.mcore.checkpoint import WEIGHTS, fingerprint, load_checkpoint
-from megatron_prefix.mcore.fused import describe_implementations
+from megatron_prefix.mcore.checkpoint import WEIGHTS, fingerprint
 from megatron_prefix.mcore.lr_schedule import LrSchedule
 from megatron_prefix.mcore.nonfinite import NonFiniteError
 from megatron_prefix.mcore.on_policy import OnPolicySettings
@@ -88,6 +87,7 @@ from megatron_prefix.stop_signals import StopSignals
 @metrics_options
 @loss_options
 @train_options
+@engine_options
 @schedule_options
 @model_options
 @parallel_options
@@ -108,6 +108,7 @@ def train_command(
     writers: MetricsFlags,
     loss: LossConfig,
     settings: TrainSettings,
+    engine: EngineFlags,
     schedule: LrSchedule,
     flags: ModelFlags,
     parallel: ParallelFlags,
@@ -128,6 +129,7 @@ def train_command(
     \b
     megatron-prefix train --model smollm2 --rollouts rollouts.jsonl --steps 8 --save out
     torchrun --nproc-per-node 4 -m megatron_prefix train --tp 2 --model smollm2 --rollouts rollouts.jsonl
+    torchrun --nproc-per-node 4 -m megatron_prefix train --engine deepspeed --ds-config zero2.json ...
     megatron-prefix train --model smollm2 --on-policy --task chain_sum:100 --steps 50 --save out
     megatron-prefix train --model smollm2 --on-policy --prompts mine.jsonl --reward my_rewards:length \\
         --generator vllm --server http://localhost:8000 --weights-folder /dev/shm/weights
@@ -143,6 +145,10 @@ def train_command(
         schedule = replace(schedule, lr_decay_steps=max(steps, 1))
     settings = replace(settings, schedule=schedule)
     config = flags.config()
+    run = engine.open(settings, flags.torch_dtype, parallel, groups_per_step)
+    run.check_options(
+        {"--compare": compare > 0, "--async-save": saving.async_save, "--on-policy": rollouts.path is None}
+    )
     data: StepData
     if rollouts.path is None:
         iterations = OnPolicySettings(
@@ -175,6 +181,7 @@ def train_command(
             seed=seed,
             keep_ids=compare > 0,  # which runs a whole model on every rank
         )
+    run.check_parts(data.may_split)
     flags.check_impl(config, parallel.cp, data.may_split)
     cost, source_of_cost = find_cost_model(cost_model, config, tp=parallel.tp, cp=parallel.cp)
     state = {
@@ -187,7 +194,7 @@ def train_command(
     }
     names = {"model": str(flags.model), "rollouts": data.name}
     size = ModelSize.of(config)
-    saving.check(size.parameters * bytes_per_parameter(flags.torch_dtype, settings.optimizer))
+    saving.check(size.parameters * run.bytes_per_parameter(flags.torch_dtype, settings.optimizer))
     for option, folder in (*writers.folders(), *([("--plot", plot.parent)] if plot else [])):
         check_writable(option, folder)
     sizes = parallel.start(seed)
@@ -195,6 +202,7 @@ def train_command(
         raise ValueError(
             f"{data.batch_groups} groups per step cannot feed {sizes.dp} data-parallel ranks; raise --groups-per-step"
         )
+    state |= run.state(sizes)
     console = stderr_console()
     start = saving.start_from(console)
     saved: dict[str, Any] = check_resume(start, config, state, data.name) if start else {"step": 0}
@@ -204,13 +212,15 @@ def train_command(
         state["model_fingerprint"] = fingerprint(model)
     if start and isinstance(data, StoredData):
         check_same_model(start, saved, state | names)
-    trainer = PolicyTrainer(model, settings, loss)
+    notes = run.start()
+    trainer = run.trainer(model, settings, loss)
     left = range(first, max(first, steps))
     source: Any = data.source(trainer, cost, left, saved["source"] if start else None)
     summary, *details = data.describe(source, left, sizes)
     console.print(f"{_banner(config, flags, sizes)}; {summary}")
     for line in (
-        describe_implementations(trainer.optimizer, trainer.chunks),
+        trainer.implementations,
+        *notes,
         f"packed by modelled time, from {source_of_cost}",
         *details,
     ):
@@ -243,7 +253,7 @@ def train_command(
             skip_nonfinite=on_nonfinite == "skip",
         )
         if start:
-            load_checkpoint(start, trainer.model, config=config, optimizer=trainer.optimizer)
+            trainer.load_checkpoint(start, config)
             if not load_rng_state(start / WEIGHTS):
                 console.print("random generators start anew: the checkpoint was saved at other parallel sizes")
             loop.load_state_dict(saved)
@@ -259,7 +269,7 @@ def train_command(
         console.print(f"stopped by {loop.stopped_by or 'the end of the rollouts'} after step {loop.step} of {steps}")
         result["stopped_by"] = loop.stopped_by
     elif compare:
-        assert isinstance(data, StoredData)
+        assert isinstance(data, StoredData) and isinstance(trainer, PolicyTrainer)
         comparison = compare_with_repeated(
             trainer, config, flags, parallel, data.groups[: max(compare, sizes.dp or 1)], max_tokens_per_microbatch
         )

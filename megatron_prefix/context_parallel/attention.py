@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_prefix.attention.calls import AttentionCalls
 from megatron_prefix.attention.grouped import fit_kernel
 from megatron_prefix.attention.kernels import Kernel
 from megatron_prefix.attention.prefix_cache import SplitLayer
@@ -53,6 +54,11 @@ class CpShare:
     def rank(self) -> int:
         """This process among the context-parallel ranks."""
         return group_rank(self.group)
+
+    @cached_property
+    def whole_calls(self) -> AttentionCalls:
+        """Of a rank that has all rows of the pack, in their order, for some of the heads."""
+        return AttentionCalls.build(self.plan.layout, self.device)
 
     def groups(self, comm_type: str) -> tuple[Group, Group]:
         """(inner group that swaps heads for rows, outer group of the ring); None is a group of one rank.

@@ -16,7 +16,7 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +95,7 @@ def start_save(
     state: Mapping[str, Any] | None = None,
     tokenizer_from: str | Path | None = None,
     with_rng: bool = False,
+    write_more: Callable[[Path], None] = lambda folder: None,
 ) -> "PendingSave":
     """Begin a checkpoint folder; every rank calls this, on a file system that all of them share.
 
@@ -103,6 +104,7 @@ def start_save(
     state: JSON values, such as {"step": 3}.
     tokenizer_from: a folder whose tokenizer files are copied, where it has them.
     with_rng: save the states of every rank's random generators, see `rng_state`.
+    write_more: called on all ranks with the folder that becomes the checkpoint, for further files in it.
 
     Everything is written to a folder beside and renamed at the end, so an interrupted save leaves no half checkpoint.
     Raises ValueError on all ranks when `path` exists already, `state` holds what JSON does not, there is not enough
@@ -142,6 +144,7 @@ def start_save(
     strategy: dict[str, Any] = {"async_strategy": "mcore"} if new else {}
     with _named_errors(path, beside):
         on_all_ranks(begin, dist.group.WORLD)
+        write_more(beside)
         request = dist_checkpointing.save(sharded, str(beside / WEIGHTS), async_sharded_save=True, **strategy)
     request.add_finalize_fn(lambda: _complete(beside, path))
     return PendingSave(path, beside, request)

@@ -88,7 +88,7 @@ class PrefixCoreAttention(MegatronModule):
         scale = resolve_scale(self.softmax_scale, q.shape[-1])
         impl = resolve_impl(self.impl, q.device, q.dtype, q.shape[-1], v.shape[-1])
         layer = LayerSettings(self.layer_number, scale, impl, self.cp_comm_type)
-        out = packed.attend(q[:rows], k[:rows], v[:rows], layer)
+        out = self._attend(packed, q[:rows], k[:rows], v[:rows], layer)
         if packed.keys_only_layer == self.layer_number:
             # Part of the graph all the same: under recompute, queries without a gradient would leave the parameters of
             # their norm without one, and an overlapped reduction refuses that.
@@ -96,6 +96,10 @@ class PrefixCoreAttention(MegatronModule):
         elif packed.num_padded_rows > rows:  # for none it would copy all the same
             out = pad(out, (0, 0, 0, 0, 0, packed.num_padded_rows - rows))
         return out.reshape(out.shape[0], 1, out.shape[1] * out.shape[2])
+
+    def _attend(self, packed: PrefixPackedSeqParams, q: Tensor, k: Tensor, v: Tensor, layer: LayerSettings) -> Tensor:
+        """Rows without padding, see `PrefixPackedSeqParams.attend`."""
+        return packed.attend(q, k, v, layer)
 
 
 def _comm_type_of_layer(config: TransformerConfig, layer_number: int, given: str | None) -> str:

@@ -16,8 +16,8 @@ from megatron_prefix.collectives import all_gather_object
 from megatron_prefix.epoch_order import EpochOrder
 from megatron_prefix.generation.generator import Generator
 from megatron_prefix.generation.on_policy import Prompt, score_groups
+from megatron_prefix.mcore.pack_trainer import PackTrainer, StepInput
 from megatron_prefix.mcore.step_source import StepBatch, StoredRollouts
-from megatron_prefix.mcore.training import PolicyTrainer, StepInput
 from megatron_prefix.sampler import PrefixGroupSampler
 from megatron_prefix.sharing import share_where_it_pays
 
@@ -86,7 +86,7 @@ class OnPolicyRollouts:
 
     def __init__(
         self,
-        trainer: PolicyTrainer,
+        trainer: PackTrainer,
         generator: Generator,
         prompts: Sequence[Prompt],
         planner: StepPlanner,

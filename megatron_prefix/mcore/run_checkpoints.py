@@ -20,8 +20,8 @@ from megatron_prefix.checkpoint_folder import (
     step_folder,
 )
 from megatron_prefix.collectives import all_gather_object, on_all_ranks
-from megatron_prefix.mcore.checkpoint import PendingSave, start_save
-from megatron_prefix.mcore.training import PolicyTrainer
+from megatron_prefix.mcore.checkpoint import PendingSave
+from megatron_prefix.mcore.pack_trainer import PackTrainer
 from megatron_prefix.model_config import ModelConfig
 
 
@@ -58,7 +58,7 @@ class RunCheckpoints:
     def __init__(
         self,
         settings: SaveSettings,
-        trainer: PolicyTrainer,
+        trainer: PackTrainer,
         config: ModelConfig,
         state: Mapping[str, Any],
         *,
@@ -76,22 +76,20 @@ class RunCheckpoints:
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Save the run as it is after ``step``, with ``state`` beside the values that do not change."""
         self.wait()
-        save = start_save(
+        with self.trainer.start_save(
             step_folder(self.settings.folder, step),
-            self.trainer.model,
             self.config,
-            optimizer=self.trainer.optimizer,
             state={**self.state, **state, "step": step},
             tokenizer_from=self.tokenizer_from,
             with_rng=True,
-        )
-        if not self.settings.in_background:
-            save.finish()
-            self._keep_last()
-            return
-        with save.named_errors():
-            self._queue.schedule_async_request(save.request)
-        self._pending = save
+        ) as save:
+            if not self.settings.in_background:
+                save.finish()
+                self._keep_last()
+                return
+            with save.named_errors():
+                self._queue.schedule_async_request(save.request)
+            self._pending = save
 
     def poll(self) -> None:
         """Complete a save in the background that all ranks have written."""

@@ -84,22 +84,75 @@ def forward_backward_prefix_groups(
             first that differs).
         Exception: what ``forward_step_func`` raised; on all other ranks a RuntimeError that names it.
     """
-    if prefix_activations not in PREFIX_ACTIVATIONS:
-        raise ValueError(
-            f"prefix_activations must be one of {', '.join(PREFIX_ACTIVATIONS)}, got {prefix_activations!r}"
-        )
-    if prefix_grad_dtype not in PREFIX_GRAD_DTYPES:
-        raise ValueError(f"prefix_grad_dtype must be one of {', '.join(PREFIX_GRAD_DTYPES)}, got {prefix_grad_dtype!r}")
+    stages = parallel_state.get_pipeline_model_parallel_group() if pg_collection is None else pg_collection.pp
+    return run_split_groups(
+        forward_backward_no_pipelining if stages.size() == 1 else get_forward_backward_func(),
+        stages,
+        PrefixSettings(prefix_activations, prefix_grad_dtype, max_live_prefixes),
+        forward_step_func=forward_step_func,
+        data_iterator=data_iterator,
+        model=model,
+        num_microbatches=num_microbatches,
+        forward_only=forward_only,
+        trace=trace,
+        pg_collection=pg_collection,
+        **settings,
+    )
+
+
+@dataclass(frozen=True)
+class PrefixSettings:
+    """What becomes of the prefixes of split groups, see `forward_backward_prefix_groups`.
+
+    Raises:
+        ValueError: an unknown setting.
+    """
+
+    activations: str = "keep"
+    grad_dtype: str = "fp32"
+    max_live: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.activations not in PREFIX_ACTIVATIONS:
+            raise ValueError(
+                f"prefix_activations must be one of {', '.join(PREFIX_ACTIVATIONS)}, got {self.activations!r}"
+            )
+        if self.grad_dtype not in PREFIX_GRAD_DTYPES:
+            raise ValueError(
+                f"prefix_grad_dtype must be one of {', '.join(PREFIX_GRAD_DTYPES)}, got {self.grad_dtype!r}"
+            )
+
+
+def run_split_groups(
+    schedule: Callable[..., list[Any]],
+    stages: Any,
+    prefixes: PrefixSettings,
+    *,
+    forward_step_func: Callable[..., Any],
+    data_iterator: Any,
+    model: Any,
+    num_microbatches: int,
+    forward_only: bool = False,
+    trace: ScheduleTrace | None = None,
+    **settings: Any,
+) -> list[Any]:
+    """`forward_backward_prefix_groups` by another schedule than megatron-core's.
+
+    Args:
+        schedule: called with the arguments of megatron-core's ``forward_backward_no_pipelining``, of which A, B and C
+            are ordinary micro-batches, and ``settings``.
+        stages: the pipeline's process group.
+        prefixes: of split groups.
+    """
     chunks = model if isinstance(model, list) else [model]
     iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
     items = [list(islice(iterator, num_microbatches)) for iterator in iterators]
-    stages = parallel_state.get_pipeline_model_parallel_group() if pg_collection is None else pg_collection.pp
     for mine in items:
         check_stages(mine, stages)
     queues = [jobs_of(mine, num_microbatches, forward_only) for mine in items]
     config = unwrap(chunks[0]).config  # the one that megatron-core's schedules read
     packs = [job.pack for job in queues[0] if job.item is not None]
-    plan = ordered_jobs(packs, config, stages.size(), max_live_prefixes, forward_only)
+    plan = ordered_jobs(packs, config, stages.size(), prefixes.max_live, forward_only)
     turns, total = [turn for turn, _ in plan], len(plan)
     if not config.calculate_per_token_loss and any(job.kind == "A" and job.has_targets for job in queues[0]):
         raise ValueError("a tree split below trained tokens needs calculate_per_token_loss=True: set it in the config")
@@ -111,20 +164,18 @@ def forward_backward_prefix_groups(
         for number, job in enumerate(queue):
             job.number = number
     ready = [iter(queue) for queue in queues]
-    step = _Step(forward_step_func, average, prefix_activations, prefix_grad_dtype, StepErrors())
+    step = _Step(forward_step_func, average, prefixes, StepErrors())
     forward = step.forward
     if trace is not None:
         trace.start(chunks, [job for _, job in plan], stages)
         forward = trace.around(forward)
     try:
-        schedule = forward_backward_no_pipelining if stages.size() == 1 else get_forward_backward_func()
         results = schedule(
             forward_step_func=forward,
             data_iterator=ready if isinstance(data_iterator, list) else ready[0],
             model=model,
             num_microbatches=total,
             forward_only=forward_only,
-            pg_collection=pg_collection,
             **settings,
         )
         step.errors.raise_first(next(chunks[0].parameters()).device, forward_only=forward_only)
@@ -142,14 +193,13 @@ class _Step:
     Attributes:
         forward_step_func: the caller's.
         average: makes up for micro-batches without a loss in megatron-core's mean.
-        prefix_activations, prefix_grad_dtype: see `forward_backward_prefix_groups`.
+        prefixes: of split groups.
         errors: after the first one, the rest of the step does no work.
     """
 
     forward_step_func: Callable[..., Any]
     average: float
-    prefix_activations: str
-    prefix_grad_dtype: str
+    prefixes: PrefixSettings
     errors: StepErrors
 
     def forward(self, jobs: Iterator[Job], model: Any, *rest: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -175,8 +225,8 @@ class _Step:
             shared = job.pack.prefix
             assert shared is not None
             if shared.cache is None:  # another model chunk of this rank may have opened it
-                shared.cache = PrefixCache(shared.num_rows, self.prefix_grad_dtype)
-            return _encode_prefix(job, model, received, self.prefix_activations, run if job.has_targets else None)
+                shared.cache = PrefixCache(shared.num_rows, self.prefixes.grad_dtype)
+            return _encode_prefix(job, model, received, self.prefixes.activations, run if job.has_targets else None)
         return _output_of_turn(job, received, model), _no_loss
 
     def _loss(self, number: int, loss_func: Any, output: Tensor, **how: Any) -> Any:

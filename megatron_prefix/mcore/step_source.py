@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_prefix.balanced_plan import Group, PipelineShape
 from megatron_prefix.balancing import StepPlanner
-from megatron_prefix.collectives import all_gather_object, any_rank, on_all_ranks
-from megatron_prefix.mcore.training import PolicyTrainer, StepInput
+from megatron_prefix.collectives import all_gather_ints, all_gather_object, any_rank, on_all_ranks
+from megatron_prefix.mcore.pack_trainer import PackTrainer, StepInput
 from megatron_prefix.sampler import PrefixGroupSampler
 from megatron_prefix.streaming import RolloutStream, StreamedStep
 
@@ -60,7 +60,7 @@ class StoredRollouts:
         with_reference: whether the loss has a reference policy, which is the old one.
     """
 
-    def __init__(self, trainer: PolicyTrainer, sampler: PrefixGroupSampler, *, with_reference: bool) -> None:
+    def __init__(self, trainer: PackTrainer, sampler: PrefixGroupSampler, *, with_reference: bool) -> None:
         self.trainer, self.sampler, self.with_reference = trainer, sampler, with_reference
         self.dp_group = trainer.dp_group
         self.old: dict[int, Tensor] = {}
@@ -75,7 +75,9 @@ class StoredRollouts:
         mine = self.groups_to_measure(num_steps)
         at_once = self.trainer.pp_group.size()  # enough to keep all stages busy
         found: dict[int, Tensor] = {}
-        for first in range(0, len(mine), at_once):
+        # The ranks call the trainer equally often, the last time maybe without a group.
+        (most,) = max(all_gather_ints([len(mine)], self.dp_group))
+        for first in range(0, most, at_once):
             wanted = {i: self.sampler.groups[i] for i in mine[first : first + at_once]}
             found |= measured_alone(self.trainer, self.sampler.planner, wanted, advance)
         for part in all_gather_object(found, self.dp_group):
@@ -119,7 +121,7 @@ class StreamedRollouts:
     """
 
     def __init__(
-        self, trainer: PolicyTrainer, open_stream: Callable[[int], RolloutStream], stopped: Callable[[], bool]
+        self, trainer: PackTrainer, open_stream: Callable[[int], RolloutStream], stopped: Callable[[], bool]
     ) -> None:
         self.trainer, self.open_stream, self.stopped = trainer, open_stream, stopped
         self.consumed = 0
@@ -165,7 +167,7 @@ class StreamedRollouts:
 
 
 def measured_alone(
-    trainer: PolicyTrainer,
+    trainer: PackTrainer,
     planner: StepPlanner,
     groups: Mapping[int, Group],
     advance: Callable[..., None] = lambda **_: None,

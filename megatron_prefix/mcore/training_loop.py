@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from megatron_prefix.collectives import all_gather_object, any_rank, on_all_ranks
 from megatron_prefix.mcore.nonfinite import NonFiniteError, save_offending
+from megatron_prefix.mcore.pack_trainer import PackTrainer
 from megatron_prefix.mcore.run_checkpoints import RunCheckpoints
 from megatron_prefix.mcore.step_source import StepBatch, StepSource
-from megatron_prefix.mcore.training import PolicyTrainer
 from megatron_prefix.stop_signals import StopSignals
 
 OnStep = Callable[[int, StepBatch, dict[str, float]], None]
@@ -26,7 +26,7 @@ class TrainingLoop:
         trainer: of the policy.
         source: of the groups of each step.
         on_step: called after every step with its number, from 1, its batch and its metrics: those of
-            `PolicyTrainer.step` and of the batch, the seconds that the step took (``step_seconds``) and the steps of
+            `PackTrainer.step` and of the batch, the seconds that the step took (``step_seconds``) and the steps of
             this run so far that updated nothing (``skipped``).
         checkpoints: saves the run when it is due, at the end, and before it stops; None saves nothing.
         stop: asks to stop after the step that runs.
@@ -41,7 +41,7 @@ class TrainingLoop:
 
     def __init__(
         self,
-        trainer: PolicyTrainer,
+        trainer: PackTrainer,
         source: StepSource,
         on_step: OnStep,
         *,
