@@ -46,10 +46,10 @@ def patch_command(target: str, path: Path, action: str, as_json: bool) -> None:
         found = revert_patch(patch, path)
         text = "not applied, nothing to revert" if found is TreeState.ORIGINAL else "reverted"
     console = stderr_console()
-    console.print(f"{patch}, {patch.date}, against {patch.repository} {patch.source}", markup=False)
+    console.print(f"{patch}, {patch.date}, against {patch.repository} {patch.source}", markup=False, soft_wrap=True)
     for name in patch.files:
-        console.print(f"  {name}", markup=False)
-    console.print(text, markup=False)
+        console.print(f"  {name}", markup=False, soft_wrap=True)
+    console.print(text, markup=False, soft_wrap=True)
     if as_json:
         found_state = {"target": target, "release": patch.release, "source": patch.source, "found": found.value}
         print_json(found_state | {"action": action, "files": list(patch.files)})
