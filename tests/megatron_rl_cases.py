@@ -13,6 +13,7 @@ import random
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ def start(words: list[str]) -> Any:
     from megatron.core.timers import Timers
     from megatron.training import arguments, global_vars
 
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(major=9)  # asked for what to check
     sys.argv = [sys.argv[0], *ARGUMENTS, *words]
     args = arguments.parse_args()
     arguments.validate_args(args)

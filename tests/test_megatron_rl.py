@@ -28,6 +28,7 @@ FINE: dict[str, Any] = {
     "cuda_graph_impl": "local",
     "spec": ["megatron_prefix.specs", "te"],
     "variable_seq_lengths": False,
+    "num_experts": None,
 }
 
 

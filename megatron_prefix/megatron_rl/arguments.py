@@ -39,4 +39,7 @@ def configure(args: Any) -> None:
             "--rl-share-prefix needs layers that know about prefix groups: add --spec megatron_prefix.specs te "
             "(or another name of that module, or a spec of your own made by with_prefix_attention)"
         )
-    args.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+    if args.pipeline_model_parallel_size > 1:
+        args.variable_seq_lengths = True
+        if args.num_experts is None:  # megatron-core wants it with variable lengths, and then does not use it
+            args.moe_token_dispatcher_type = "alltoall"
