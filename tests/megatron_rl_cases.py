@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -85,10 +86,10 @@ def start(words: list[str]) -> Any:
     from megatron.core.timers import Timers
     from megatron.training import arguments, global_vars
 
-    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(major=9)  # asked for what to check
     sys.argv = [sys.argv[0], *ARGUMENTS, *words]
     args = arguments.parse_args()
-    arguments.validate_args(args)
+    with patch.object(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=9)):
+        arguments.validate_args(args)
     args.padded_vocab_size = 64
     args.curr_iteration = 0
     global_vars.set_args(args)

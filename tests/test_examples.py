@@ -17,8 +17,9 @@ from megatron_prefix import PrefixLayout
 from megatron_prefix.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted([*ROOT.glob("examples/*.sh"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"])
-PAGES = [ROOT / "README.md", *ROOT.glob("examples/*.sh"), *ROOT.glob("examples/*.py")]
+SCRIPTS = sorted([*ROOT.glob("examples/**/*.sh"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"])
+TEXTS = {".md", ".sh", ".py"}
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("patches/*.md"), *(p for p in ROOT.glob("examples/**/*") if p.suffix in TEXTS)]
 
 
 def example(name: str) -> ModuleType:

@@ -6,8 +6,8 @@ sequences, as many more of them as their prefixes are shared. Everything that up
 how bins go to data-parallel ranks, clipping, KL, truncated importance sampling, entropy, metrics and scaling.
 """
 
-from megatron_prefix.megatron_rl.arguments import configure
+from megatron_prefix.megatron_rl.arguments import configure, exchange_rows_of_packs
 from megatron_prefix.megatron_rl.bins import bin_log_probs
 from megatron_prefix.megatron_rl.hooks import pack_prefix_groups
 
-__all__ = ["bin_log_probs", "configure", "pack_prefix_groups"]
+__all__ = ["bin_log_probs", "configure", "exchange_rows_of_packs", "pack_prefix_groups"]

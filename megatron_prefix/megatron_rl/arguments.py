@@ -23,8 +23,6 @@ _RULES: tuple[tuple[str, tuple[object, ...], str], ...] = (
 def configure(args: Any) -> None:
     """Check Megatron-LM's parsed arguments, and set what `--rl-share-prefix` implies. Called by `validate_args`.
 
-    Pipeline stages exchange as many rows as the bin has, so `variable_seq_lengths` is set with more than one stage.
-
     Raises:
         ValueError: a combination that prefix groups cannot serve, or no layer spec.
     """
@@ -39,6 +37,11 @@ def configure(args: Any) -> None:
             "--rl-share-prefix needs layers that know about prefix groups: add --spec megatron_prefix.specs te "
             "(or another name of that module, or a spec of your own made by with_prefix_attention)"
         )
+    exchange_rows_of_packs(args)
+
+
+def exchange_rows_of_packs(args: Any) -> None:
+    """Let pipeline stages exchange as many rows as a pack has, instead of --seq-length."""
     if args.pipeline_model_parallel_size > 1:
         args.variable_seq_lengths = True
         if args.num_experts is None:  # megatron-core wants it with variable lengths, and then does not use it
