@@ -132,6 +132,34 @@ def test_slots_hold_the_log_probs_of_a_plain_model() -> None:
     assert not found["no_grad"]
 
 
+class ReachedError(Exception):
+    """megatron-core's attention asked the inference context something."""
+
+
+class Context:
+    def __getattr__(self, name: str) -> Any:
+        raise ReachedError(name)
+
+
+def _attend(rank: int, world_size: int) -> list[str]:
+    start()
+    config = tiny_config()
+    spec = prefix_gpt_layer_spec(transformer_config(config))
+    attention = build_model(config, layer_spec=spec).decoder.layers[0].self_attention
+    seen = []
+    for context in (None, Context()):
+        try:
+            attention(torch.zeros(3, 1, 32), None, inference_context=context)
+        except (ValueError, ReachedError) as error:
+            seen.append(type(error).__name__)
+    return seen
+
+
+def test_sampling_goes_to_megatron_cores_own_inference_path() -> None:
+    """Without an inference context a layer still refuses to run without a layout."""
+    assert run_distributed(_attend, 1) == [["ValueError", "ReachedError"]]
+
+
 @pytest.mark.ci_oldest
 @pytest.mark.parametrize(("stages", "variable"), [(1, False), (2, True)])
 def test_stages_exchange_as_many_rows_as_a_bin_has(stages: int, variable: bool) -> None:

@@ -150,6 +150,7 @@ def trees(checkout: Path | None, tmp_path_factory: pytest.TempPathFactory) -> tu
     return folder / "pristine", folder / "patched", patch
 
 
+@pytest.mark.ci_newest
 def test_a_checkout_is_patched_and_reverted_exactly(trees: tuple[Path, Path, Patch], tmp_path: Path) -> None:
     pristine, patched, patch = trees
     assert check_patch(patch, pristine) is TreeState.ORIGINAL
@@ -178,6 +179,7 @@ def plain(trees: tuple[Path, Path, Patch], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.slow
+@pytest.mark.ci_newest
 def test_with_the_flag_off_results_are_equal_to_the_bit(
     trees: tuple[Path, Path, Patch], plain: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -188,6 +190,7 @@ def test_with_the_flag_off_results_are_equal_to_the_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.ci_newest
 @pytest.mark.parametrize("world", WORLDS)
 def test_prefix_groups_give_upstreams_log_probs_losses_and_gradients(
     trees: tuple[Path, Path, Patch], plain: tuple[Path, dict[str, Any]], world: str

@@ -107,8 +107,10 @@ def _run_and_kill(patch: Patch, tree: Path, renames: int) -> None:
             rename(staged, file)
 
         patching_tree._take_place = rename_or_die
-        apply_patch(patch, tree)
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            apply_patch(patch, tree)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
 
@@ -175,19 +177,22 @@ def test_what_the_file_system_refuses_changes_nothing(
 def test_a_read_only_folder_changes_nothing(frame: tuple[Patch, Path]) -> None:
     """The folder of the first file lets nobody write: run as somebody whom permissions bind."""
     patch, tree = frame
-    for folder in (tree, *(parent for parent in tree.parents if parent.stat().st_uid == os.getuid())):
+    temporary = Path(tempfile.gettempdir())
+    for folder in (tree, *(parent for parent in tree.parents if temporary in parent.parents)):
         folder.chmod(0o755)
     (tree / "a").chmod(0o555)
     pristine = read_tree(tree)
     child = os.fork()
     if not child:
-        if os.getuid() == 0:
-            os.setuid(65534)
+        code = 2
         try:
+            if os.getuid() == 0:
+                os.setuid(65534)
             apply_patch(patch, tree)
         except ValueError as error:
-            os._exit("cannot be changed, and is as it was" in str(error))
-        os._exit(2)
+            code = 1 if "cannot be changed, and is as it was" in str(error) else 3
+        finally:
+            os._exit(code)
     _, status = os.waitpid(child, 0)
     assert os.WEXITSTATUS(status) == 1
     assert read_tree(tree) == pristine
@@ -202,12 +207,17 @@ def test_modes_are_kept(frame: tuple[Patch, Path]) -> None:
     assert (tree / "two.py").stat().st_mode & 0o777 == 0o751
 
 
-def test_a_tree_inside_a_repository_is_patched_as_any_other(frame: tuple[Patch, Path]) -> None:
+def test_a_tree_inside_a_repository_is_patched_as_any_other(
+    frame: tuple[Patch, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`git apply` in a subfolder of a repository takes paths for the repository's, and skips them without a word."""
     patch, tree = frame
     outer = tree.parent / "repository" / "vendored"  # a git repository with a tree of the same names
     shutil.copytree(tree, outer)
+    (outer / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(outer / "temporary"))
     apply_patch(patch, outer)
+    (outer / "temporary").rmdir()
     assert read_tree(outer) == read_tree(tree) | AFTER
 
 
