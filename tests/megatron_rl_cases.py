@@ -140,19 +140,22 @@ def build(args: Any, way: str, weights: Path) -> Any:
 
 def one_step(args: Any, model: Any) -> dict[str, Any]:
     """Old and reference log-probs of the data, then the update's losses and gradients."""
-    import train_rl
     from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.rl import rl_utils
 
     from megatron_prefix.mcore.stages import whole_model_parameters
 
-    shift = [0.97 + 0.06 * i for i in range(2)]
-    reference = {
-        name: value if value is None or not value.is_floating_point() else value.detach() * shift[len(name) % 2]
-        for name, value in model.state_dict().items()
-    }
-    iterator, stats, _ = rl_utils.prepare_data_for_update(
+    parameters = whole_model_parameters([model])
+    state_dict = model.state_dict
+    # Upstream keeps the policy with `.cpu()` while it loads the reference, which here is no copy.
+    model.state_dict = lambda: {name: value if value is None else value.clone() for name, value in state_dict().items()}
+    held = model.state_dict()
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.mul_(0.97)
+    reference = model.state_dict()
+    model.load_state_dict(held)
+    iterator, _, _ = rl_utils.prepare_data_for_update(
         model=[model],
         ref_state_dict=reference,
         rollouts=rollouts(),
@@ -161,10 +164,26 @@ def one_step(args: Any, model: Any) -> dict[str, Any]:
         is_correction=args.rl_inference_logprobs_is_correction,
     )
     found = log_probs(rl_utils.get_rl_runtime_state().packing_context, iterator, get_num_microbatches())
+    first = schedule(args, model, iterator, forward_only=True)
     with torch.no_grad():  # another policy than the one that the old log-probs are of: ratios that clip
-        for _, parameter in sorted(whole_model_parameters([model]).items()):
+        for parameter in parameters.values():
             parameter.mul_(1.3)
     model.zero_grad_buffer()
+    return {
+        "log_probs": found,
+        "first": first,
+        "losses": schedule(args, model, iterator, forward_only=False),
+        "micro_batches": get_num_microbatches(),
+        "gradients": {name: p.main_grad.clone() for name, p in parameters.items()},
+    }
+
+
+def schedule(args: Any, model: Any, iterator: Any, *, forward_only: bool) -> dict[str, torch.Tensor]:
+    """All micro-batches once, by Megatron-LM's schedule; the sums that it logs (none on a stage before the last)."""
+    import train_rl
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
     losses = get_forward_backward_func()(
         forward_step_func=train_rl.forward_step,
         data_iterator=iterator,
@@ -173,16 +192,9 @@ def one_step(args: Any, model: Any) -> dict[str, Any]:
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         decoder_seq_length=args.decoder_seq_length,
-        forward_only=False,
+        forward_only=forward_only,
     )
-    totals = {key: sum(each[key] for each in losses) for key in losses[0]} if losses else {}
-    return {
-        "log_probs": found,
-        "losses": totals,
-        "micro_batches": get_num_microbatches(),
-        "mismatch": (stats.mean_piold_to_inf_prob, stats.mean_inf_prob),
-        "gradients": {name: p.main_grad.clone() for name, p in whole_model_parameters([model]).items()},
-    }
+    return {key: sum(each[key] for each in losses) for key in losses[0]} if losses else {}
 
 
 def log_probs(context: Any, iterator: Any, count: int) -> dict[tuple[int, ...], torch.Tensor]:

@@ -207,6 +207,10 @@ def test_prefix_groups_give_upstreams_log_probs_losses_and_gradients(
     for key, value in expected["losses"].items():
         both = sum(each[key] for each in totals) if world == "dp" else totals[0][key]
         torch.testing.assert_close(both[0] / both[1], value[0] / value[1], rtol=1e-5, atol=1e-6)
+    for rank in ranks:
+        if rank["first"]:  # before any update the policy is the old one
+            ratios, tokens = rank["first"]["rl/pi_over_pi_old"]
+            assert abs(ratios / tokens - 1) < 1e-6
     assert expected["losses"]["rl/truncated_from_above"][0] > 0  # both ways of clipping happen
     assert expected["losses"]["rl/truncated_from_below"][0] > 0
     compared = 0

@@ -100,11 +100,11 @@ def _run_and_kill(patch: Patch, tree: Path, renames: int) -> None:
     if not child:
         rename, left = patching_tree._take_place, [None] * renames
 
-        def rename_or_die(staged: Path, file: Path) -> None:
+        def rename_or_die(source: Path, tree: Path, name: str) -> None:
             if not left:
                 os.kill(os.getpid(), signal.SIGKILL)
             left.pop()
-            rename(staged, file)
+            rename(source, tree, name)
 
         patching_tree._take_place = rename_or_die
         try:
@@ -151,6 +151,24 @@ def test_a_symbolic_link_is_refused(frame: tuple[Patch, Path]) -> None:
         apply_patch(patch, tree)
 
 
+def test_a_staged_file_that_another_run_took_costs_no_file(
+    frame: tuple[Patch, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch, tree = frame
+    pristine = read_tree(tree)
+    stage = patching_tree._stage
+
+    def stage_and_lose(source: Path, tree: Path, name: str) -> None:
+        stage(source, tree, name)
+        if name == "two.py":
+            patching_tree._staged(tree, name).unlink()
+
+    monkeypatch.setattr(patching_tree, "_stage", stage_and_lose)
+    with pytest.raises(ValueError, match="cannot be changed, and is as it was"):
+        apply_patch(patch, tree)
+    assert read_tree(tree) == pristine
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_what_the_file_system_refuses_changes_nothing(
     frame: tuple[Patch, Path], failing: int, monkeypatch: pytest.MonkeyPatch
@@ -160,11 +178,11 @@ def test_what_the_file_system_refuses_changes_nothing(
     pristine = read_tree(tree)
     rename, calls = patching_tree._take_place, []
 
-    def refuse_one(staged: Path, file: Path) -> None:
-        calls.append(file)
+    def refuse_one(source: Path, tree: Path, name: str) -> None:
+        calls.append(name)
         if len(calls) == failing + 1:
             raise OSError("device or resource busy")
-        rename(staged, file)
+        rename(source, tree, name)
 
     monkeypatch.setattr(patching_tree, "_take_place", refuse_one)
     with pytest.raises(ValueError, match="cannot be changed, and is as it was: device or resource busy"):

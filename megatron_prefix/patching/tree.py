@@ -120,12 +120,12 @@ def _swap(patch: Patch, tree: Path, scratch: Path, names: list[str]) -> None:
                 _copy(tree / name, backup / name)
                 _stage(scratch / name, tree, name)
             for name in names:
-                _take_place(_staged(tree, name), tree / name)
+                _take_place(scratch / name, tree, name)
                 done.append(name)
         except OSError:
             for name in done:
                 _stage(backup / name, tree, name)
-                _take_place(_staged(tree, name), tree / name)
+                _take_place(backup / name, tree, name)
             raise
         finally:
             _drop_staged(patch, tree)
@@ -149,12 +149,12 @@ def _stage(source: Path, tree: Path, name: str) -> None:
             os.fsync(written.fileno())
 
 
-def _take_place(staged: Path, file: Path) -> None:
-    """In one step. Nothing staged: the file goes."""
-    if staged.exists():
-        staged.replace(file)
+def _take_place(source: Path, tree: Path, name: str) -> None:
+    """What was staged of the source becomes the tree's, in one step; where there is no source the file goes."""
+    if source.exists():
+        _staged(tree, name).replace(tree / name)
     else:
-        file.unlink()
+        (tree / name).unlink()
 
 
 def _drop_staged(patch: Patch, tree: Path) -> None:
