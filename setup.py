@@ -53,8 +53,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["megatron_prefix", "megatron_prefix.*"]),
-    package_data={"megatron_prefix": ["py.typed"]},
+    # patches/ of the checkout becomes data of the package: megatron_prefix.patching finds it in both places.
+    packages=[*find_packages(include=["megatron_prefix", "megatron_prefix.*"]), "megatron_prefix.patches"],
+    package_dir={"megatron_prefix.patches": "patches"},
+    package_data={"megatron_prefix": ["py.typed"], "megatron_prefix.patches": ["README.md", "**/*.toml", "**/*.patch"]},
     python_requires=">=3.11",
     # Tested: torch 2.13.0 with megatron-core 0.16.1 (Python 3.11) and 0.19.2 (Python 3.12).
     # psutil is needed by megatron-core's checkpoints, which do not declare it.

@@ -23,6 +23,7 @@ COLLECTIVE = re.compile(
     r"|i?send|i?recv|(send|recv)_object_list|batch_isend_irecv|P2POp"
 )
 READS_BACK = {"item", "tolist", "cpu", "numpy"}
+MEGATRON_HOSTS = ("deepspeed", "megatron_rl", *FRAMEWORKS)
 ON_HOST = {"reference.py", "sdpa.py", "calls.py"}  # CPU kernels, and the call plan, which is made on the host
 MUTATORS = {
     *("append", "extend", "insert", "add", "update", "setdefault"),
@@ -35,7 +36,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.}])/(?:work|root|home/\w+|Users/\w+|tmp/(?:h
 
 def megatron_only_in_host_modules(path: PurePosixPath, source: str) -> Iterator[str]:
     """Only mcore/, cli/, specs.py and the packages of frameworks built on it import megatron."""
-    if _inside(path, "mcore", "cli", "deepspeed", *FRAMEWORKS) or _is(path, "specs.py"):
+    if _inside(path, "mcore", "cli", *MEGATRON_HOSTS) or _is(path, "specs.py"):
         return
     for line, name in _imports(ast.parse(source)):
         if name == "megatron" or name.startswith("megatron."):

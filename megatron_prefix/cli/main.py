@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
         "megatron_prefix.cli.plan_cp:plan_cp_command", "Show what context parallelism will do with a layout."
     ),
     "bench": Command("megatron_prefix.cli.bench:bench_command", "Time prefix groups against repeated prefixes."),
+    "patch": Command("megatron_prefix.cli.patch:patch_command", "Let Megatron-LM or verl train on prefix groups."),
     "gpu-check": Command(
         "megatron_prefix.cli.gpu_check:gpu_check_command", "Check and time every attention kernel on this GPU."
     ),

@@ -47,9 +47,21 @@ class PrefixSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the parent's; hidden_states [T, 1, hidden] (T / tp under sequence parallelism).
 
+        While sampling with megatron-core's inference engine (dynamic batching), which attends by kernels of its own
+        over its cache, it is the parent.
+
         Raises:
-            ValueError: no layout came with the micro-batch.
+            ValueError: no layout came with the micro-batch, or inference with static batching.
         """
+        if kwargs.get("inference_context") is not None:
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
         packed = require_layout(packed_seq_params)
         if rotary_pos_emb is not None:
             tables = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
