@@ -75,6 +75,30 @@ def test_bad_input_exits_with_two_and_one_line(tree: Path) -> None:
     assert "frame 9, for which there is no patch. Known: v1.2 (says 1.2)" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("target", "file", "text", "words"),
+    [
+        ("verl", "verl/version/version", "0.9.1\n", "verl 0.9.1 needs no patch: set actor_rollout_ref.actor._target_="),
+        (
+            "ms-swift",
+            "swift/version.py",
+            "__version__ = '4.6.0'\n",
+            "ms-swift 4.6.0 needs no patch: add --external_plug",
+        ),
+    ],
+)
+def test_a_version_that_needs_no_patch(tmp_path: Path, target: str, file: str, text: str, words: str) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(f"# ...\n{text}" if file.endswith(".py") else text)
+    for action in ("--check", "--apply", "--revert"):
+        result = CliRunner().invoke(main, ["patch", "--target", target, "--path", str(tmp_path), action, "--json"])
+        assert result.exit_code == 0 and words in result.stderr, result.output
+        assert json.loads(result.stdout.splitlines()[-1])["found"] == "needs no patch"
+    (tmp_path / file).write_text(text.replace("0", "7"))
+    result = CliRunner().invoke(main, ["patch", "--target", target, "--path", str(tmp_path)])
+    assert result.exit_code == 2 and "(needs none)" in result.stderr
+
+
 def test_no_version_has_two_patches() -> None:
     for target in target_names(patches_folder()):
         versions = [version for patch in all_patches(patches_folder(), target) for version in patch.versions]

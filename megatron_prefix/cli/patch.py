@@ -7,7 +7,15 @@ from pathlib import Path
 import click
 
 from megatron_prefix.cli.console import print_json, stderr_console
-from megatron_prefix.patching import TreeState, apply_patch, check_patch, find_patch, patches_folder, revert_patch
+from megatron_prefix.patching import (
+    TreeState,
+    apply_patch,
+    check_patch,
+    find_patch,
+    needs_no_patch,
+    patches_folder,
+    revert_patch,
+)
 from megatron_prefix.patching.manifest import target_names
 
 TARGETS = ", ".join(target_names(patches_folder()))
@@ -35,6 +43,13 @@ def patch_command(target: str, path: Path, action: str, as_json: bool) -> None:
     megatron-prefix patch --target megatron-lm --path Megatron-LM --check
     megatron-prefix patch --target megatron-lm --path Megatron-LM --apply
     """
+    console = stderr_console()
+    instead = needs_no_patch(target, path)
+    if instead is not None:
+        console.print(instead, markup=False, soft_wrap=True)
+        if as_json:
+            print_json({"target": target, "release": None, "found": "needs no patch", "action": action, "files": []})
+        return
     patch = find_patch(target, path)
     if action == "check":
         found = check_patch(patch, path)
@@ -45,7 +60,6 @@ def patch_command(target: str, path: Path, action: str, as_json: bool) -> None:
     else:
         found = revert_patch(patch, path)
         text = "not applied, nothing to revert" if found is TreeState.ORIGINAL else "reverted"
-    console = stderr_console()
     console.print(f"{patch}, {patch.date}, against {patch.repository} {patch.source}", markup=False, soft_wrap=True)
     for name in patch.files:
         console.print(f"  {name}", markup=False, soft_wrap=True)

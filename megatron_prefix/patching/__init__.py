@@ -6,7 +6,7 @@
 The patches lie in `patches/<target>/<release>/` of the checkout, in `megatron_prefix/patches/` when installed.
 """
 
-from megatron_prefix.patching.manifest import Patch, all_patches, find_patch, patches_folder
+from megatron_prefix.patching.manifest import Patch, all_patches, find_patch, needs_no_patch, patches_folder
 from megatron_prefix.patching.tree import TreeState, apply_patch, check_patch, inspect_tree, revert_patch
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "check_patch",
     "find_patch",
     "inspect_tree",
+    "needs_no_patch",
     "patches_folder",
     "revert_patch",
 ]

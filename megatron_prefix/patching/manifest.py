@@ -23,12 +23,15 @@ class Target:
     """One framework: where a tree of it says which version it is.
 
     version_pattern: regular expression searched in version_file; what its groups match, joined by dots, is the version.
+    unpatched: versions that need no patch; instead: what their users do.
     """
 
     name: str
     title: str
     version_file: str
     version_pattern: str
+    unpatched: tuple[str, ...] = ()
+    instead: str = ""
 
     def version_of(self, tree: Path) -> str:
         """Raises ValueError when the tree is no folder or says no version."""
@@ -117,15 +120,29 @@ def find_patch(target: str, tree: Path, *, root: Path | None = None) -> Patch:
     """
     root = root or patches_folder()
     known = all_patches(root, target)
-    version = read_target(root, target).version_of(tree)
+    found = read_target(root, target)
+    version = found.version_of(tree)
     for patch in known:
         if version in patch.versions:
             return patch
-    listed = ", ".join(f"{patch.release} (says {' or '.join(patch.versions)})" for patch in known) or "none"
+    listed = ", ".join(
+        [f"{patch.release} (says {' or '.join(patch.versions)})" for patch in known]
+        + [f"{other} (needs none)" for other in found.unpatched]
+    )
     raise ValueError(
         f"{tree} is {target} {version}, for which there is no patch. Known: {listed}. "
         "Check out one of them; patches/README.md says how to add a version"
     )
+
+
+def needs_no_patch(target: str, tree: Path, *, root: Path | None = None) -> str | None:
+    """What users of the tree's version do instead, where that version needs no patch; None where it may need one.
+
+    Raises ValueError as `find_patch` does for the target or the tree.
+    """
+    found = read_target(root or patches_folder(), target)
+    version = found.version_of(tree)
+    return f"{found.title} {version} needs no patch: {found.instead}" if version in found.unpatched else None
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
