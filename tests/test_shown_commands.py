@@ -86,9 +86,33 @@ ELSEWHERE = {
     "megatron-prefix bench calibrate --model M --dtype bf16 --max-rows 4096 --out cost.json": (
         "test_calibration.py::test_the_command_writes_a_cost_model"
     ),
+    **dict.fromkeys(
+        (
+            "torchrun --nproc-per-node 2 -m megatron_prefix train --model smollm2 --rollouts "
+            "examples/data/rollouts.jsonl --engine deepspeed --ds-config examples/deepspeed/cpu_zero2.json",
+            "deepspeed --num_gpus 2 --no_local_rank --module megatron_prefix train --model smollm2 --rollouts "
+            "examples/data/rollouts.jsonl --engine deepspeed --ds-config examples/deepspeed/cpu_zero2.json",
+        ),
+        "test_deepspeed_cli.py::test_the_deepspeed_launcher_starts_the_command",
+    ),
+    **dict.fromkeys(
+        (
+            "torchrun --nproc-per-node 2 examples/deepspeed/ulysses.py",
+            "deepspeed --num_gpus 2 --no_local_rank examples/deepspeed/ulysses.py",
+        ),
+        "test_deepspeed_cli.py::test_torchrun_starts_the_ulysses_example",
+    ),
+    **dict.fromkeys(
+        (
+            "megatron-prefix patch --target megatron-lm --path Megatron-LM --check",
+            "megatron-prefix patch --target megatron-lm --path Megatron-LM --apply",
+            'megatron-prefix patch --target megatron-lm --path "$MEGATRON_LM" --apply',
+        ),
+        "test_cli_patch.py::test_the_command_checks_applies_and_reverts",
+    ),
 }
 ROLLOUT = "megatron-prefix rollout --model smollm2 --out rollouts.jsonl "  # of examples/data, with its tasks
-STARTED_BY_CI = {"bash tests/run.sh"}  # it runs this very test
+STARTED_BY_CI = {"bash tests/run.sh", "python -m pytest tests/test_verl.py"}  # which run this very test and that one
 
 
 @pytest.mark.ci_newest

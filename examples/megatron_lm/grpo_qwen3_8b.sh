@@ -2,7 +2,7 @@
 # GRPO of Qwen3-8B with Megatron-LM's train_rl.py, every group's prompt encoded once per bin. For eight GPUs of 80 GB.
 #
 #   megatron-prefix patch --target megatron-lm --path "$MEGATRON_LM" --apply      once
-#   MEGATRON_LM=~/Megatron-LM CHECKPOINT=~/qwen3-8b-mcore bash examples/megatron_lm/grpo_qwen3_8b.sh [more arguments]
+#   MEGATRON_LM=~/Megatron-LM CHECKPOINT=~/qwen3-8b-mcore bash examples/megatron_lm/grpo_qwen3_8b.sh [more arguments]  # GPU only
 #
 # SHARE=0 runs the same without prefix groups, to compare; DRY_RUN=1 prints the command, one word a line. TP, PP, CP,
 # NPROC, ENV_CONFIG, SEQ_LENGTH, GROUP_SIZE and PROMPTS are read as well. Needs what Megatron-LM's examples/rl/README.md

@@ -2,9 +2,12 @@
 
 Run it as Megatron-LM's own pretrain_gpt.py (of core 0.19), in a checkout, with the same arguments. All that Megatron-LM
 does around a step stays: its parallel sizes, optimizer, checkpoints and logs.
+The same on one process of a CPU runs in the tests.
 
-    PYTHONPATH=$MEGATRON_LM torchrun --nproc-per-node 8 examples/megatron_lm/pretrain_groups.py \\
-        --rollouts answers.jsonl --spec megatron_prefix.specs te --calculate-per-token-loss --micro-batch-size 1 ...
+    PYTHONPATH=$MEGATRON_LM torchrun --nproc-per-node 8 examples/megatron_lm/pretrain_groups.py ...  # GPU only
+
+and in the place of the dots pretrain_gpt.py's arguments with --rollouts answers.jsonl, --spec megatron_prefix.specs te,
+--calculate-per-token-loss and --micro-batch-size 1.
 
 --rollouts is a file of `megatron_prefix.rollouts` (`megatron-prefix inspect` says what is in one); every response
 counts, whatever its reward. A micro-batch is one pack of at most --seq-length rows, --global-batch-size counts packs,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GPU-only: GRPO on verl's Megatron engine with prefix groups, one node of 8 GPUs as it stands.
 #
-#   MODEL=Qwen/Qwen3-8B TRAIN_FILES=gsm8k/train.parquet VAL_FILES=gsm8k/test.parquet bash examples/verl/grpo_megatron.sh
+#   MODEL=Qwen/Qwen3-8B TRAIN_FILES=gsm8k/train.parquet VAL_FILES=gsm8k/test.parquet bash examples/verl/grpo_megatron.sh  # GPU only
 #
 # Further settings of verl may follow, such as trainer.nnodes=8. It is an ordinary launch of verl: `prefix_groups` is all
 # that this package adds. Wants an environment with verl 0.8 or 0.9, its rollout engine, and megatron-prefix.
