@@ -48,9 +48,9 @@ def order_jobs(
     All have waves of split groups: the A of a wave, its parts, its C. There are 1, 2, 3, ... waves; the next wave's A
     may share turns with the C, or come after or before them; groups that fit come last or before the last C. Groups,
     their parts, and the packs of groups that fit keep their order, or a wave's parts go from the largest to the
-    smallest, whatever their groups, so that stages that are at different micro-batches have equal work. In the first
-    wave some of all sizes may come before those, the smallest first: a large micro-batch at the start keeps all later
-    stages waiting for it.
+    smallest, whatever their groups, so that stages that are at different micro-batches have equal work. In the largest
+    waves, with more than two stages, some of all sizes may come before those, the smallest first: a large micro-batch
+    at the start keeps all later stages waiting for it.
 
     Args:
         jobs: from `pipeline_jobs`, with the backward.
@@ -91,9 +91,11 @@ def order_jobs(
     for size, whole_last in product(sizes, (True, False)):
         late, early = (_in_waves(jobs, size, early, whole_last) for early in (False, True))
         found += map(measured, (_shared(jobs, late), _apart(late), _apart(early)))
-    for size, rising in product(sizes, (0, num_stages, 4 * num_stages)):
-        mixed = _in_waves(jobs, size, early=False, whole_last=True, rising=rising)
+    for size in sizes:
+        mixed = _in_waves(jobs, size, early=False, whole_last=True, rising=0)
         found += map(measured, (_shared(jobs, mixed), _apart(mixed)))
+    for rising in (num_stages, 4 * num_stages) if num_stages > 2 else ():
+        found.append(measured(_apart(_in_waves(jobs, sizes[-1], early=False, whole_last=True, rising=rising))))
     if max_live_prefixes is not None:
         limit = max(max_live_prefixes, one_by_one.live)
         return min((f for f in found if f.live <= limit), key=lambda f: (f.bubble, f.live)).order

@@ -21,6 +21,8 @@ from megatron_prefix.bench.group import GroupSizes, ratios
 from megatron_prefix.bench.report import ResultsDifferError, check_equal, relative_difference
 from megatron_prefix.cli.main import main
 
+pytestmark = pytest.mark.ci_oldest
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--prefix-len", "24", "--response-len", "4", "--group-size", "3", "--repeats", "2"]
 HEADS = ["--heads", "4", "--kv-heads", "2", "--head-dim", "8"]

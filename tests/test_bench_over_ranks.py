@@ -20,6 +20,8 @@ from tests.distributed import run_distributed
 from tests.mcore_helpers import start, tiny_config
 from tests.test_bench import WrongBackward
 
+pytestmark = pytest.mark.ci_oldest
+
 GROUP = GroupSizes(24, 4, 3)
 SIZES = ["--prefix-len", "24", "--response-len", "4", "--group-size", "3", "--repeats", "2", "--json"]
 ATTENTION = ["bench", "attention", *SIZES, "--heads", "4", "--kv-heads", "2", "--head-dim", "8"]

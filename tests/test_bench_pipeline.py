@@ -17,6 +17,8 @@ from tests.distributed import run_distributed
 from tests.mcore_helpers import start, tiny_config
 from tests.test_bench_split import ForgetsParts
 
+pytestmark = pytest.mark.ci_oldest
+
 P, R, G, GROUPS = 24, 4, 3, 3
 GROUP = ["--prefix-len", f"{P}", "--response-len", f"{R}", "--group-size", f"{G}"]
 MODEL = ["--layers", "4", "--hidden-size", "32", "--vocab-size", "64", "--repeats", "1"]

@@ -17,6 +17,8 @@ from megatron_prefix.attention.sdpa import SdpaKernel
 from megatron_prefix.cli.main import main
 from megatron_prefix.measure import track_memory
 
+pytestmark = pytest.mark.ci_oldest
+
 ROOT = Path(__file__).resolve().parents[1]
 P, R, G, PARTS = 24, 4, 7, 3
 GROUP = ["--prefix-len", str(P), "--response-len", str(R), "--group-size", str(G), "--parts", str(PARTS)]

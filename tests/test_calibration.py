@@ -26,6 +26,8 @@ from tests.cli_runs import run_cli
 from tests.distributed import run_distributed
 from tests.mcore_helpers import start, tiny_config
 
+pytestmark = pytest.mark.ci_oldest
+
 NAMES = [field.name for field in fields(CostModel)]
 COEFFICIENTS = st.floats(0, 2).map(lambda x: 0.0 if x < 0.2 else x)
 

@@ -14,6 +14,8 @@ import pytest
 from megatron_prefix.mcore.checkpoint import load_config
 from tests.cli_runs import MODEL, Arguments, Run, one_line, run_cli, torchrun, write_groups, write_model
 
+pytestmark = pytest.mark.ci_newest
+
 GROUP: dict[str, Any] = {
     "group_id": "g",
     "prompt": [1, 2, 3],

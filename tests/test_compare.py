@@ -18,6 +18,8 @@ from megatron_prefix.mcore.training import PolicyTrainer, TrainSettings
 from tests.distributed import run_distributed
 from tests.mcore_helpers import start, tiny_config
 
+pytestmark = pytest.mark.ci_newest
+
 # Prompt of 4 (3 prefix rows) with responses of 2 and 3 rows; prompt of 1 (no prefix row) with responses of 2 and 1.
 GROUPS = [
     RolloutGroup([1, 2, 3, 4], [[5, 6], [7, 8, 9]], [1.0, 0.0]),

@@ -21,6 +21,8 @@ from tests import cp_cases as cc
 from tests.attention_oracle import inputs
 from tests.distributed import LOOPBACK, run_distributed
 
+pytestmark = pytest.mark.ci_oldest
+
 # ---- ranks that disagree
 
 COMMON = [3, 2]  # responses of all ranks but the last

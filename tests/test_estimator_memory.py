@@ -22,6 +22,8 @@ from megatron_prefix.splitting import pack_and_split
 from tests.distributed import run_distributed
 from tests.mcore_helpers import start
 
+pytestmark = pytest.mark.ci_oldest
+
 SHAPE: dict[str, Any] = {
     "num_layers": 2,
     "hidden_size": 192,

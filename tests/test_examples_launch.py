@@ -36,7 +36,7 @@ SCRIPTS = sorted(
     ]
 )
 SETTINGS: dict[str, Any] = {"NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "node0"}
-ENDS_S = 30
+ENDS_S = 90
 
 # torchrun with one worker, which saves for a moment when it is told to stop.
 AGENT = """#!/usr/bin/env bash

@@ -25,6 +25,8 @@ transformers = pytest.importorskip("transformers", reason="the oracle of these t
 from click.testing import CliRunner  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+pytestmark = pytest.mark.ci_newest
+
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -370,7 +372,6 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return file, out
 
 
-@pytest.mark.ci_oldest
 def test_smollm2_gives_the_logits_of_transformers(smollm2: tuple[Path, Path]) -> None:
     file, out = smollm2
     from tokenizers import Tokenizer

@@ -19,6 +19,8 @@ from tests.cli_runs import Arguments, Run, one_line, run_cli, run_one
 from tests.server_process import ServerProcess, serving
 from tests.tokenizer_files import PLAIN, write_byte_tokenizer
 
+pytestmark = pytest.mark.ci_oldest
+
 pytest.importorskip("tokenizers", reason="needs the cli extra")
 pytest.importorskip("urllib3", reason="needs the cli extra")
 transformers = pytest.importorskip("transformers", reason="the model of the server")

@@ -26,7 +26,7 @@ CASES = [
     Case(pp=2, limit=WHOLE, steps=0),
     Case(pp=2, vpp=2, tied=True, overlap=True),
     Case(pp=2, recompute="full", dtype="float32", overlap=True, distributed_optimizer=True),
-    Case(pp=2, vpp=2, recompute="selective", limit=30, prefix_activations="recompute", steps=0),
+    Case(pp=2, vpp=2, recompute="selective", prefix_activations="recompute", steps=0),
     Case(tp=2, sequence_parallel=True, recompute="selective", tied=True, steps=0),
     Case(dp=2, dtype="float32", overlap=True, distributed_optimizer=True),
     Case(cp=2, steps=0),

@@ -17,6 +17,8 @@ from tests.distributed import running, wait_until_ended
 from tests.test_cli_train import lines, succeed, tensors
 from tests.test_train_survives import with_stores
 
+pytestmark = pytest.mark.ci_oldest
+
 STEPS = 3
 
 

@@ -20,6 +20,8 @@ from tests.distributed import run_distributed
 from tests.mcore_helpers import start, tiny_config
 from tests.test_cli_train import in_two_parts, lines, succeed
 
+pytestmark = pytest.mark.ci_newest
+
 WARMUP_STEPS, STEPS = 100, 500
 
 

@@ -84,11 +84,12 @@ def forward_backward_prefix_groups(
             first that differs).
         Exception: what ``forward_step_func`` raised; on all other ranks a RuntimeError that names it.
     """
+    prefixes = PrefixSettings(prefix_activations, prefix_grad_dtype, max_live_prefixes)
     stages = parallel_state.get_pipeline_model_parallel_group() if pg_collection is None else pg_collection.pp
     return run_split_groups(
         forward_backward_no_pipelining if stages.size() == 1 else get_forward_backward_func(),
         stages,
-        PrefixSettings(prefix_activations, prefix_grad_dtype, max_live_prefixes),
+        prefixes,
         forward_step_func=forward_step_func,
         data_iterator=data_iterator,
         model=model,
