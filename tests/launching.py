@@ -19,11 +19,13 @@ SETTINGS = (
     *("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC", "RECIPE", "RUN_ID", "START_SECONDS", "PROGRAM"),
     *("PYTHON", "SLURM_NODEID", "JOB_COMPLETION_INDEX", "SLURM_JOB_ID", "SLURM_SUBMIT_DIR"),
 )
+# megatron-core keeps the attention of the last model there, DeepSpeed how torch shall look for GPUs.
+LEFT = ("NVTE_", "PYTORCH_NVML_BASED_CUDA_CHECK")
 
 
 def environment(**settings: str | Path | int) -> dict[str, str]:
-    """This one's, without settings of the launchers but those given."""
-    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    """This one's, without settings of the launchers but those given, and without what libraries set on import."""
+    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS and not name.startswith(LEFT)}
     mine = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return kept | mine | {name: str(value) for name, value in settings.items()}
 
@@ -60,6 +62,11 @@ class Node:
                 each.kill()
 
 
+def _heed_interrupts() -> None:
+    """What a shell starts in its background ignores SIGINT, and so does all below it: these tests, say."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def nodes(scripts: list[tuple[list[str], Mapping[str, str]]], folder: Path) -> Iterator[list[Node]]:
     """Commands with their environments, started together; at the end nothing that they have started may run.
@@ -74,7 +81,8 @@ def nodes(scripts: list[tuple[list[str], Mapping[str, str]]], folder: Path) -> I
             log = folder / f"node{number}.log"
             with log.open("wb") as file:
                 process = subprocess.Popen(
-                    command, cwd=ROOT, env={**variables, mark: "1"}, stdout=file, stderr=subprocess.STDOUT
+                    command, cwd=ROOT, env={**variables, mark: "1"}, stdout=file, stderr=subprocess.STDOUT,
+                    preexec_fn=_heed_interrupts,
                 )  # fmt: skip
             started.append(Node(process, log))
         yield started

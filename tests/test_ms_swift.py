@@ -13,6 +13,7 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.downloads import installed_beside
+from tests.launching import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 HASHES = {
@@ -56,12 +57,10 @@ def found_by(version: str, *names: str) -> list[dict[str, Any]]:
     swift = installed_beside(f"ms-swift-{version}", f"ms-swift=={version} --hash=sha256:{HASHES[version]}", BRIDGE)
     support = installed_beside("ms-swift-support", *SUPPORT)
     path = [ROOT / "tests" / "te_stand_in", ROOT, swift, support]
-    # megatron-core keeps the attention that a model of another test had in the environment.
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"from tests.test_ms_swift import main; main(*{names})"],
         cwd=ROOT,
-        env=clean | {"PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"},
+        env=environment(PYTHONPATH=os.pathsep.join(map(str, path)), HF_HUB_OFFLINE=1),
         capture_output=True,
         text=True,
         timeout=400,

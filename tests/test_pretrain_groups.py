@@ -1,7 +1,6 @@
 """examples/megatron_lm/pretrain_groups.py in Megatron-LM's own `pretrain`, as the wheel ships it, on the CPU."""
 
 import math
-import os
 import re
 import shlex
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli_runs import write_groups
+from tests.launching import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = shlex.split("""
@@ -49,8 +49,8 @@ def test_the_loss_falls_and_does_not_depend_on_the_ranks(tmp_path: Path) -> None
 
 def _steps(rollouts: Path, ranks: int, *sizes: str) -> list[tuple[float, float]]:
     """(loss, norm of the gradient) of every step, as Megatron-LM logs them."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    environment |= {"TORCHDYNAMO_DISABLE": "1"}  # megatron-core's fused functions, which would be compiled for minutes
+    # megatron-core's fused functions would be compiled for minutes.
+    variables = environment(CUDA_DEVICE_MAX_CONNECTIONS=1, TORCHDYNAMO_DISABLE=1)
     script = str(ROOT / "examples" / "megatron_lm" / "pretrain_groups.py")
     command = [
         sys.executable,
@@ -62,6 +62,6 @@ def _steps(rollouts: Path, ranks: int, *sizes: str) -> list[tuple[float, float]]
         f"--nproc-per-node={ranks}",
     ]
     command += ["-m", "tests.pretrain_on_cpu", script, "--rollouts", str(rollouts), *ARGUMENTS, *sizes]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
     return [(float(loss), float(norm)) for loss, norm in STEP.findall(run.stdout)]

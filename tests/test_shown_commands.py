@@ -189,7 +189,7 @@ def shell_stand_in(path: Path, *lines: str) -> None:
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def clone(tmp_path: Path) -> Path:
     """Examples beside an environment that is there: its `python` makes a venv of itself, and installs nothing."""
     root = tmp_path / "checkout"
     (root / "examples" / "data").mkdir(parents=True)
@@ -209,28 +209,28 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.mark.ci_newest
-def test_the_quick_start(checkout: Path) -> None:
+def test_the_quick_start(clone: Path) -> None:
     """Its script, and what it hands to torchrun on as many ranks, with a tiny model and tiny rollouts.
 
     The model stands where the script would put SmolLM2, whose conversion `test_import.py` runs.
     """
-    write_model(checkout)
-    rollouts = write_groups(checkout / "examples" / "data")
-    out = checkout / "out"
-    start = ("train", "--model", checkout / "model.json", "--rollouts", rollouts, "--steps", "1")
-    run = run_one(*start, "--save", checkout / "start")
+    write_model(clone)
+    rollouts = write_groups(clone / "examples" / "data")
+    out = clone / "out"
+    start = ("train", "--model", clone / "model.json", "--rollouts", rollouts, "--steps", "1")
+    run = run_one(*start, "--save", clone / "start")
     assert run.exit_code == 0, run.stderr
     for tp in (1, 2):
-        shutil.copytree(checkout / "start" / "step_000001", out / f"smollm2-tp{tp}")
-    variables = environment(PYTHON=checkout.parent / "tools" / "python", OUT=out)
+        shutil.copytree(clone / "start" / "step_000001", out / f"smollm2-tp{tp}")
+    variables = environment(PYTHON=clone.parent / "tools" / "python", OUT=out)
     files = {"examples/data/rollouts.jsonl": rollouts}
     for settings in ({"NPROC": "2", "TP": "2"}, {"NPROC": "2", "CP": "2"}, {}, {"STEPS": "12"}):
         script = subprocess.run(
             ["bash", "examples/quickstart.sh"],
-            cwd=checkout, env=variables | settings, capture_output=True, text=True, timeout=60,
+            cwd=clone, env=variables | settings, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert script.returncode == 0, script.stderr
-        words = (checkout / "torchrun.words").read_text().splitlines()
+        words = (clone / "torchrun.words").read_text().splitlines()
         number = words.index("--nproc-per-node") + 1
         run = run_one(*(files.get(w, w) for w in words[words.index("train") :]), world_size=int(words[number]))
         assert run.exit_code == 0, run.stderr
