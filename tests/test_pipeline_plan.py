@@ -340,11 +340,11 @@ def test_a_traced_step_is_the_planned_one() -> None:
                 seconds = {(kind, backward): 0.0 for kind in ("A", "B", "C", "whole", "idle") for backward in (0, 1)}
                 for span in spans:
                     seconds[span.kind, span.backward] += span.cpu_seconds
-                assert seconds["A", False] > 2 * seconds["C", False]
+                assert seconds["A", False] > 5 * seconds["C", False]
                 assert [span.kind for span in spans] == [span.kind for span in planned.on_stage(stage)]
                 if has_backward:
-                    assert seconds["C", True] > 2 * seconds["A", True] > 0
-                    assert seconds["B", True] > 2 * seconds["C", False]
+                    assert seconds["C", True] > 5 * seconds["A", True] > 0
+                    assert seconds["B", True] > seconds["A", False]
                 else:
                     assert seconds["C", True] == seconds["B", True] == 0
             assert 0 < traced.bubble < 1 and traced.live_prefixes == planned.live_prefixes
